@@ -1,0 +1,806 @@
+"""What the four methods share and no paper would mention, next to the one network they all train.
+
+    ResNet18        the backbone, torchvision's names, an ImageNet or a CIFAR stem, any width
+    TwoCrops        two random views of one batch
+    AverageMeter    a running mean that lives on the device
+    LRScheduler     the learning rate as a function of the step number alone
+    the rest        flags, devices, progress, the folder of a run, checkpoints
+
+Importing this file does nothing.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torchvision.utils import make_grid, save_image
+
+# ------------------------------------------------------------------------------------------------
+# The network: ResNet-18 (He et al. 2015, arXiv 1512.03385)
+# ------------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015, Fig. 5 left).
+
+    x        (N, c_in, H, W) float.
+    returns  (N, c_out, H/stride, W/stride).
+    """
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = None
+        if stride != 1 or c_in != c_out:  # the shortcut must change shape too ("option B")
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False), nn.BatchNorm2d(c_out)
+            )
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + shortcut)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 whose parameters bear torchvision's names, so that weights go both ways.
+
+    num_classes         0: no classifier, the result is the pooled feature; else a linear layer `fc`.
+    stem                "imagenet": 7x7 stride 2 and max-pool, a quarter of the side reaches layer1;
+                        "cifar": 3x3 stride 1 and no max-pool, for pictures up to about 64 px.
+    width               channels of layer1; the feature has 8 * width. 64 is ResNet-18 proper.
+    zero_init_residual  start every block as the identity (its last BN gamma at 0), as SimSiam does.
+
+    forward(x)          (N, 3, H, W) float -> (N, 8*width), or (N, num_classes).
+    features(x, names)  one pass -> {name: (N, C)}, pooled outputs of "layer1" ... "layer4".
+    raises              ValueError for an unknown stem.
+    """
+
+    def __init__(self, num_classes=0, stem="cifar", width=64, zero_init_residual=False):
+        super().__init__()
+        if stem not in ("cifar", "imagenet"):
+            raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}')
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        self.layer1 = self._stage(width, width, stride=1)
+        self.layer2 = self._stage(width, 2 * width, stride=2)
+        self.layer3 = self._stage(2 * width, 4 * width, stride=2)
+        self.layer4 = self._stage(4 * width, 8 * width, stride=2)
+        self.dim = 8 * width
+        self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock) and zero_init_residual:
+                nn.init.zeros_(module.bn2.weight)
+
+    @staticmethod
+    def _stage(c_in, c_out, stride):
+        return nn.Sequential(BasicBlock(c_in, c_out, stride), BasicBlock(c_out, c_out, 1))
+
+    def features(self, x, names=("layer4",)):
+        pooled = {}
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            x = getattr(self, name)(x)
+            if name in names:
+                pooled[name] = x.mean(dim=(2, 3))  # global average pooling: (N, C, H, W) -> (N, C)
+        return pooled
+
+    def forward(self, x):
+        return self.fc(self.features(x)["layer4"])
+
+
+# ------------------------------------------------------------------------------------------------
+# The parts of a training loop
+# ------------------------------------------------------------------------------------------------
+
+
+class TwoCrops:
+    """Two independent views of every image: `x1, x2 = TwoCrops(transform)(batch, ...)`.
+
+    transform  called twice with the same arguments; it draws anew each time, an own draw per image.
+    returns    two tensors; row i of both comes from image i.
+    """
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, *batch):
+        return self.transform(*batch), self.transform(*batch)
+
+
+class AverageMeter:
+    """The mean of a figure over an epoch, weighted by the images behind each value.
+
+    The sum stays where the values are: `update` never makes the host wait for the device. Reading
+    `avg` does, so read it when you print.
+    """
+
+    def __init__(self):
+        self.sum, self.count = 0.0, 0
+
+    def update(self, value, n=1):
+        """value: float or scalar tensor, a mean over n images."""
+        if torch.is_tensor(value):
+            value = value.detach().double() if value.device.type != "mps" else value.detach().float()
+        self.sum = self.sum + value * n
+        self.count += n
+
+    @property
+    def avg(self):
+        return float(self.sum) / self.count if self.count else float("nan")
+
+
+class LRScheduler:
+    """Sets the learning rate from the step number alone, so a resumed run needs no state.
+
+    optimizer     its groups get the rate; a group with "fix_lr": True keeps `lr` (SimSiam's predictor).
+    lr            the rate after warm-up, already scaled to the batch size.
+    total_steps   length of the whole run, in optimiser steps (not epochs).
+    warmup_steps  the rate climbs linearly to `lr` over these; the first step takes lr / warmup_steps.
+    kind          "cosine" to zero, "steps" (times `factor` at each of `milestones`), "constant".
+    milestones    in steps, with kind "steps".
+    Source        Loshchilov & Hutter 2017 (cosine, no restarts); Goyal et al. 2017 (warm-up).
+    """
+
+    def __init__(self, optimizer, lr, total_steps, warmup_steps=0, kind="cosine", milestones=(), factor=0.1):
+        if kind not in ("cosine", "steps", "constant"):
+            raise ValueError(f'kind must be "cosine", "steps" or "constant", got {kind!r}')
+        self.optimizer, self.lr, self.kind, self.factor = optimizer, lr, kind, factor
+        self.total_steps, self.warmup_steps, self.milestones = total_steps, warmup_steps, milestones
+
+    def lr_at(self, step):
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.kind == "cosine":
+            progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if self.kind == "steps":
+            return self.lr * self.factor ** sum(step >= milestone for milestone in self.milestones)
+        return self.lr
+
+    def step(self, step):
+        """Call before the optimiser's step number `step` (from 0). Returns the scheduled rate."""
+        lr = self.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr if group.get("fix_lr") else lr
+        return lr
+
+
+# ------------------------------------------------------------------------------------------------
+# Randomness, devices, precision
+# ------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed):
+    """Seed Python's and torch's global generators: they draw the initial weights."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def reseed(generator, *numbers):
+    """Seed a generator from whole numbers, for example (seed, step), mixed so that neighbours differ.
+
+    The draws of a step then depend on these numbers alone: a resumed run repeats what the
+    uninterrupted one would have drawn, and no two steps (or ranks) share a draw.
+    """
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def pick_device(name="auto"):
+    """"auto" takes cuda, then mps, then cpu. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name}: not available here; try --device auto") from None
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def pick_precision(name, device):
+    """"auto" takes bf16 where the hardware multiplies it, else fp16 on CUDA, else float32.
+
+    returns  (autocast, scaler): autocast() is a context for the forward pass; the GradScaler
+             passes losses through unchanged unless the precision is fp16.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu" and _cpu_multiplies_bf16():
+            name = "bf16"
+        else:
+            name = "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+    if name == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; on a CPU use bf16 or off")
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+
+def _cpu_multiplies_bf16():
+    # Without AMX tiles bf16 convolutions are slower than float32 (measured with avx512_bf16 alone: 0.8 times).
+    # torch 2.8 has no public question.
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+
+# What --data understands besides folders.
+NAMED_DATA = ("toy", "cifar10", "cifar100", "stl10", "imagenette", "food101")
+
+
+class UsageError(Exception):
+    """Something the user can mend: one line that names the flag or file and the fix."""
+
+
+def command(main):
+    """Turns a UsageError of main() into that one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except UsageError as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Default values in the help, where they say something."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and flags whose default depends on the data.
+
+    recipes  {kind of data: {flag: value}}; a flag that stands there starts as None, see fill_recipe.
+    """
+
+    def __init__(self, description, recipes=None):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        self.recipes = recipes or {"": {}}
+
+    def flag(self, flag, meaning, **kind):
+        """add_argument(flag, ...) whose help also says what each kind of data takes by default."""
+        name = flag[2:].replace("-", "_")
+        if all(name in recipe for recipe in self.recipes.values()):
+            meaning += f" (default: {', '.join(f'{kind} {r[name]}' for kind, r in self.recipes.items())})"
+        self.add_argument(flag, help=meaning, **kind)
+
+    def error(self, message):  # argparse prints the whole usage first
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: an int or float within [low, high], or strictly above `above`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+        too_low = (low is not None and value < low) or (above is not None and value <= above)
+        if not math.isfinite(value) or too_low or (high is not None and value > high):
+            bounds = [f"at least {low}"] if low is not None else []
+            bounds += [f"above {above}"] if above is not None else []
+            bounds += [f"at most {high}"] if high is not None else []
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
+        return value
+
+    return parse
+
+
+def training_parser(doc, recipes):
+    """The flags that every method offers; `recipes` is the method's table of defaults."""
+    parser = Parser(doc, recipes)
+    add, whole, real = parser.flag, functools.partial(number, int), functools.partial(number, float)
+    add("--data", f"folder of pictures, or {', '.join(NAMED_DATA)}", default="toy")
+    add("--data-root", "where cifar10 ... food101 lie or are downloaded to", default="./data")
+    add("--download", "fetch the named data set into --data-root", action="store_true")
+    add("--cache", "folder for packed pictures (default: in the user's cache folder)")
+    add("--skip-unreadable", "go on without pictures that cannot be read", action="store_true")
+    add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone",
+        type=whole(low=8))
+    add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "
+        "and runs out of memory", choices=("cifar", "imagenet"))
+    add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))
+    add("--epochs", "passes over the training images", type=whole(low=1))
+    add("--batch-size", "images a step", type=whole(low=2))
+    add("--lr", "learning rate per 256 images; too high: the loss stays at chance or turns NaN",
+        type=real(above=0))
+    add("--weight-decay", "L2 penalty", type=real(low=0))
+    add("--warmup-epochs", "epochs over which the rate climbs", type=real(low=0))
+    add("--seed", "of weights, order and views", type=whole(low=0), default=0)
+    add("--device", "auto (cuda, mps, cpu), or one of them, or cuda:1", default="auto")
+    add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
+    add("--compile", "torch.compile: a minute or more at first, faster steps after", action="store_true")
+    add("--out", "folder of the run (default: runs/<method>-<data>-<time>)")
+    add("--resume", "folder or checkpoint of a run to go on with; its flags hold unless given anew",
+        metavar="RUN")
+    add("--save-every", "epochs between checkpoints", type=whole(low=1), default=1)
+    add("--knn-every", "epochs between kNN evaluations, 0: never", type=whole(low=0), default=1)
+    add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
+    add("--knn-t", "temperature of their votes", type=real(above=0), default=0.1)
+    add("--knn-split", "test: train on every training image and query the test split, as published CIFAR "
+        "curves do; then it chooses nothing and there is no best.pt", choices=("val", "test"), default="val")
+    add("--views-png", "write what the network sees, a row an image, and leave", metavar="FILE")
+    add("--quiet", "print nothing but errors; log.txt still has it all", action="store_true")
+    add("--tensorboard", "write the figures for TensorBoard too", action="store_true")
+    add("--max-steps", "end after this many steps; the schedule is fitted to it", type=whole(low=1))
+    return parser
+
+
+def parse_training(parser, argv, method):
+    """Parse a method's flags; with --resume the saved run's flags stand in for the defaults.
+
+    returns  (args, checkpoint): checkpoint is None for a fresh run.
+    """
+    def absolute(args):
+        # The run may be resumed or evaluated from another folder.
+        if args.data not in NAMED_DATA and os.path.isdir(args.data):
+            args.data = os.path.abspath(args.data)
+        args.data_root = os.path.abspath(args.data_root)
+        args.cache = args.cache and os.path.abspath(args.cache)
+        return args
+
+    args = parser.parse_args(argv)
+    if args.tensorboard:
+        tensorboard_writer()
+    if args.resume is None:
+        if args.out and (Path(args.out) / "args.json").exists():
+            parser.error(f"--out {args.out}: holds a run already; --resume it, or name another folder")
+        return absolute(args), None
+    checkpoint = load_checkpoint(args.resume, method)
+    saved, folder = dict(checkpoint["args"]), checkpoint_path(args.resume).parent
+    given = args.out
+    for name in ("resume", "views_png"):
+        saved.pop(name)
+    args = absolute(parser.parse_args(argv, argparse.Namespace(**saved)))  # argparse keeps what is there
+    if given and os.path.abspath(given) != os.path.abspath(folder):
+        parser.error(f"--out {given}: a resumed run goes on in its own folder, {folder}")
+    args.out = str(folder)
+    for name in ("data", "image_size", "stem", "width", "batch_size", "knn_split"):
+        if getattr(args, name) != saved[name]:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag}: the run to resume has {saved[name]}, which cannot change")
+    return args, checkpoint
+
+
+def fill_recipe(args, recipe, source):
+    """Give every flag that is still None its value from the recipe of this kind of data.
+
+    raises  UsageError where the source has fewer training images than a batch, or none.
+    """
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    train = source.splits["train"]
+    images = sum(train.counts) if train else 0
+    if images < args.batch_size:
+        raise UsageError(f"--batch-size {args.batch_size}: more than the {images} training images; "
+                         f"take at most {images}")
+
+
+def holdout(args):
+    """The part of the training images held out where a source has no validation split."""
+    return 0.0 if args.knn_split == "test" else 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# Progress and the folder of a run
+# ------------------------------------------------------------------------------------------------
+
+
+def clock(seconds):
+    """75 -> "1:15", 3675 -> "1:01:15"."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """One updating line: label, done/total, figures, rate, time left. Plain lines when piped.
+
+    total     units of work; `unit` is what the rate counts, `per_step` of them a unit of work.
+    quiet     prints nothing.
+    """
+
+    def __init__(self, total, label="", unit="images", quiet=False, per_step=1):
+        self.total, self.label, self.unit, self.quiet, self.per_step = total, label, unit, quiet, per_step
+        self.terminal = sys.stdout.isatty()
+        self.every = 0.2 if self.terminal else 30.0  # seconds between prints
+        self.restart(0)
+
+    def restart(self, done, label=None):
+        """Begin to measure the rate anew, at `done` (after an evaluation, say)."""
+        self.label = self.label if label is None else label
+        self.began, self.first, self.done = time.perf_counter(), done, done
+        self.printed = self.began
+
+    @property
+    def rate(self):
+        """Units a second since the last restart."""
+        return (self.done - self.first) * self.per_step / max(1e-9, time.perf_counter() - self.began)
+
+    def update(self, done, **figures):
+        """figures: floats or AverageMeters; meters are read only when a line is due."""
+        self.done = done
+        now = time.perf_counter()
+        if self.quiet or now - self.printed < self.every:
+            return
+        self.printed = now
+        words = [self.label, f"{done}/{self.total}"]
+        for name, value in figures.items():
+            words.append(f"{name} {value.avg if isinstance(value, AverageMeter) else value:.4g}")
+        left = (self.total - done) * self.per_step / max(self.rate, 1e-9)
+        words += [f"{self.rate:,.0f} {self.unit}/s", f"{clock(left)} left"]
+        line = "  ".join(words)
+        if self.terminal:
+            columns = shutil.get_terminal_size().columns
+            line = "\r\x1b[K" + line[: columns - 1]
+        print(line, end="" if self.terminal else "\n", flush=True)
+
+    def close(self):
+        """Take the updating line away; what is printed next starts on a clean line."""
+        if self.terminal and not self.quiet:
+            print("\r\x1b[K", end="", flush=True)
+
+
+class Run:
+    """The folder of one run and what is written there and said on the terminal.
+
+    method      "simsiam", ...: in the folder's name and in every checkpoint.
+    args        parsed flags, all plain values; written to args.json.
+    source      of data.open_source: its name and description.
+    checkpoint  of the run that is resumed, else None.
+    Nothing is written before start(): pictures that cannot be read leave no empty folder behind.
+    """
+
+    def __init__(self, method, args, source, checkpoint=None):
+        self.method, self.args, self.checkpoint = method, args, checkpoint
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args.out = args.out or f"runs/{method}-{source.name}-{stamp}"
+        self.folder, self.started, self.said, self.best = Path(args.out), False, [], None
+        for line in source.description:
+            self.say(line)
+
+    def say(self, text):
+        """Print, and keep in log.txt."""
+        if not self.args.quiet:
+            print(text, flush=True)
+        self.said.append(text)
+        if self.started:
+            with open(self.folder / "log.txt", "a") as file:
+                file.write("".join(line + "\n" for line in self.said))
+            self.said = []
+
+    def start(self, total_steps, epoch_steps, device, lr, chance):
+        """Make the folder (or go on in it), then print the recipe in one screen.
+
+        lr      the rate after scaling to the batch.  chance: the loss of a network that knows nothing.
+        raises  UsageError where the folder cannot be written.
+        """
+        args, self.total_steps, self.epoch_steps = self.args, total_steps, epoch_steps
+        self.epochs = math.ceil(total_steps / epoch_steps)
+        self.before, self.first = 0.0, None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint:
+                self._take_back(self.checkpoint["epoch"])
+            write_atomically(self.folder / "args.json", json.dumps(vars(args), indent=1).encode())
+        except OSError as error:
+            raise UsageError(f"--out {self.folder}: {error.strerror or error}") from None
+        self.writer = tensorboard_writer()(str(self.folder)) if args.tensorboard else None
+        self.began, self.started = time.perf_counter(), True
+
+        plumbing = {"data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
+                    "views_png", "device", "amp", "compile", "save_every", "skip_unreadable", "knn_every"}
+        recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                           if name not in plumbing and value is not None and value is not False)
+        precision = str(device) if args.amp == "auto" else f"{device}, {args.amp}"
+        facts = {
+            "recipe": recipe,
+            "lr": f"{lr:g} a step of {args.batch_size} images ({args.lr:g} per 256)",
+            "steps": f"{epoch_steps:,} an epoch, {total_steps:,} in all, on {precision}",
+            "chance": f"loss {chance}",
+            "writes": f"{self.folder}",
+        }
+        for name, text in facts.items():
+            self.say(textwrap.fill(text, 79, initial_indent=f"{name:8}", subsequent_indent=" " * 8,
+                                   break_long_words=False, break_on_hyphens=False))
+
+    def _take_back(self, epoch):
+        # Epochs after the checkpoint are run again: their lines must not stand there twice.
+        rows = [row for row in read_metrics(self.folder) if row["epoch"] <= epoch]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.folder / "metrics.jsonl", text.encode())
+        scores = [row["knn"] for row in rows if row["knn"] is not None]
+        self.first = scores[0] if scores else None
+        self.best = max((row["knn"] for row in rows if row["epoch"] and row["knn"] is not None), default=None)
+        self.before = rows[-1]["seconds"] if rows else 0.0
+
+    def progress(self, epoch, step):
+        """The updating line of an epoch (from 0)."""
+        label = f"epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
+        progress = Progress(self.total_steps, label, quiet=self.args.quiet, per_step=self.args.batch_size)
+        progress.restart(step)
+        return progress
+
+    def log(self, *, epoch, step, loss, lr, images_per_second, knn, **figures):
+        """Print an epoch's line and append it to metrics.jsonl. Epoch 0 is the untrained network.
+
+        loss, lr, images_per_second, knn (percent) may be None; figures: further kNN and health figures.
+        raises  UsageError for a loss that is not finite; the last checkpoint stays.
+        """
+        seconds = self.before + time.perf_counter() - self.began
+        row = dict(epoch=epoch, step=step, seconds=seconds, loss=loss, lr=lr,
+                   images_per_second=images_per_second, knn=knn, **figures)
+        if loss is not None and not math.isfinite(loss):
+            raise UsageError(f"the loss is {loss} in epoch {epoch} (step {step}, lr {lr:.3g}): lower --lr, "
+                             f"or --amp off; the last good checkpoint stays in {self.folder}")
+        row = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.writer is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name not in ("epoch", "step"):
+                    self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+        width = len(str(self.epochs))
+        words = [f"epoch {epoch:>{width}}/{self.epochs}" if epoch else "untrained".ljust(7 + 2 * width)]
+        if loss is not None:
+            words.append(f"loss {loss:7.4f}")
+        words += [f"{name} {value:.3f}" for name, value in figures.items()
+                  if not name.startswith("knn") and value is not None]
+        if knn is not None:
+            words.append(f"kNN {knn:5.2f} %")
+            self.first = knn if epoch == 0 else self.first
+        words += [f"{name[4:]} {value:5.2f} %" for name, value in figures.items()
+                  if name.startswith("knn_layer") and value is not None]
+        if images_per_second is not None:
+            words.append(f"{images_per_second:,.0f} images/s")
+        words.append(clock(seconds))
+        line = ""
+        for word in words:  # a line that would pass 79 columns goes on below
+            if len(line) - line.rfind("\n") + len(word) > 77:
+                line += "\n" + " " * len(words[0])
+            line += ("  " if line else "") + word
+        self.say(line)
+
+    def save(self, model, optimizer, scaler, step, dataset, score, last):
+        """last.pt every --save-every epochs and at the end; best.pt whenever validation improves.
+
+        score  kNN of validation images, or None; a score from the test split never chooses a checkpoint.
+        """
+        args, epoch = self.args, step // self.epoch_steps
+        improved = score is not None and args.knn_split == "val" and (self.best is None or score > self.best)
+        if not (last or improved or epoch % args.save_every == 0):
+            return
+        state = checkpoint_state(self.method, model, optimizer, scaler, epoch, step, args, dataset)
+        if last or epoch % args.save_every == 0:
+            save_checkpoint(self.folder / "last.pt", state)
+        if improved:
+            self.best = score
+            save_checkpoint(self.folder / "best.pt", state)
+
+    def finish(self):
+        """What was reached, where it is, what to do next."""
+        score = self.best
+        if self.args.knn_split == "test":
+            scores = [row["knn"] for row in read_metrics(self.folder) if row["knn"] is not None]
+            score = scores[-1] if scores else None
+        if self.first is not None and score is not None:
+            self.say(f"kNN     {self.first:.2f} % untrained, {score:.2f} % "
+                     f"{'at best' if self.args.knn_split == 'val' else 'at the end, test split'}")
+        self.say(f"next    python knn.py --checkpoint {self.folder} --neighbours grid.png")
+
+
+def tensorboard_writer():
+    """torch's SummaryWriter class, or one line that says what to install."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs the package: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def read_metrics(folder):
+    """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    try:
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return rows
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints: tensors and plain values only
+# ------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, content):
+    """Write bytes, or a state for torch.save, to a file beside; sync, rename: never half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def checkpoint_state(method, model, optimizer, scaler, epoch, step, args, dataset):
+    """Everything needed to go on, and the backbone under torchvision's names.
+
+    model    has `.backbone`, a ResNet18.  epoch: finished epochs.  step: optimiser steps taken.
+    dataset  has classes, mean, std.  args: parsed flags, plain values.
+    """
+    return {
+        "method": method,
+        "model": model.state_dict(),
+        "backbone": model.backbone.state_dict(),  # the same storages: written once
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "epoch": epoch,
+        "step": step,
+        "rng": {
+            "python": random.getstate(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+        "args": dict(vars(args)),
+        "classes": list(dataset.classes),
+        "mean": tuple(dataset.mean),
+        "std": tuple(dataset.std),
+        "image_size": args.image_size,
+        "stem": args.stem,
+        "width": args.width,
+    }
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint_state; a file that is there stays whole until the new one is.
+
+    raises  UsageError where it cannot be written.
+    """
+    try:
+        write_atomically(Path(path), state)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"{path}: cannot write the checkpoint: {reason}") from None
+
+
+def checkpoint_path(path):
+    """A run folder stands for its last.pt."""
+    path = Path(path)
+    return path / "last.pt" if path.is_dir() else path
+
+
+def load_checkpoint(path, method=None):
+    """Read a checkpoint of ours, on the CPU, without running any code it may contain.
+
+    path     a file or a run folder.  method: refuse those of another method; None takes any.
+    raises   UsageError where it is missing, damaged, not ours, or of another method.
+    """
+    file = checkpoint_path(path)
+    if not file.exists():
+        raise UsageError(f"{path}: no checkpoint there (expected a run folder with last.pt, or a .pt file)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on odd pickles; the line below says it all
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is not what it should be
+        reason = "it is not a readable checkpoint"
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds more than tensors and plain values, which could run code"
+        if isinstance(error, PermissionError):
+            reason = "permission denied"
+        raise UsageError(f"{file}: refused, {reason}") from None
+    wanted = ("method", "model", "backbone", "args", "classes", "mean", "std", "image_size", "stem", "width")
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in wanted):
+        raise UsageError(f"{file}: not a checkpoint of this project, or only its weights")
+    if method is not None and checkpoint["method"] != method:
+        raise UsageError(f"{file}: a {checkpoint['method']} run; go on with python {checkpoint['method']}.py")
+    return checkpoint
+
+
+def restore(checkpoint, model, optimizer, scaler):
+    """Put a checkpoint's state into freshly made objects, random generators too. Returns the step."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1][:120]
+        raise UsageError(f"--resume: the flags make another model than the saved one: {reason}") from None
+    scaler.load_state_dict(checkpoint["scaler"])
+    version, state, gauss = checkpoint["rng"]["python"]
+    random.setstate((version, tuple(state), gauss))
+    torch.set_rng_state(checkpoint["rng"]["torch"])
+    if torch.cuda.is_available() and len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+    return checkpoint["step"]
+
+
+def load_backbone(checkpoint, device="cpu"):
+    """The trained ResNet18 of a checkpoint, in eval mode, without a classifier."""
+    backbone = ResNet18(stem=checkpoint["stem"], width=checkpoint["width"])
+    backbone.load_state_dict(checkpoint["backbone"])
+    return backbone.to(device, memory_format=torch.channels_last).eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures to look at
+# ------------------------------------------------------------------------------------------------
+
+
+def save_views(path, images, views, mean, std, rows=8):
+    """PNG of what the network sees: a row an image, first the packed picture, then its views.
+
+    images  (N, 3, S, S) uint8.  views: list of (N, 3, s, s) normalised floats, row i from image i.
+    """
+    mean, std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+    columns = [images[:rows].cpu().float() / 255] + [view[:rows].float().cpu() * std + mean for view in views]
+    side = max(96, *(column.shape[-1] for column in columns))             # small pictures are enlarged
+    columns = [nn.functional.interpolate(column.contiguous(), size=(side, side)) for column in columns]
+    tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)
+    try:
+        save_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0), path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot write the picture: {error}") from None
+    print(f"wrote {path}: in each row an image, then its {len(views)} views")

@@ -1,0 +1,318 @@
+"""common.py: the network against torchvision's, the schedule in closed form, meters, runs, checkpoints."""
+
+import argparse
+import json
+import math
+import pickle
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import common
+
+# ------------------------------------------------------------------------------------------------
+# ResNet18
+# ------------------------------------------------------------------------------------------------
+
+
+def test_resnet18_is_torchvisions_both_ways():
+    torch.manual_seed(0)
+    ours, theirs = common.ResNet18(1000, "imagenet"), torchvision.models.resnet18()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(4, 3, 64, 64)
+    for network in (ours, theirs):
+        network.train()
+        network(x).square().mean().backward()
+    assert torch.equal(ours(x), theirs(x))
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert torch.equal(p.grad, gradients[name]), name
+    theirs.load_state_dict(common.ResNet18(1000, "imagenet").state_dict(), strict=True)
+
+
+def test_resnet18_starts_as_torchvisions():
+    for zero in (False, True):
+        torch.manual_seed(3)
+        ours = common.ResNet18(1000, "imagenet", zero_init_residual=zero)
+        torch.manual_seed(3)
+        theirs = torchvision.models.resnet18(zero_init_residual=zero)
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+def test_resnet18_without_classifier_gives_pooled_features():
+    x = torch.randn(2, 3, 32, 32)
+    network = common.ResNet18(stem="cifar", width=8).eval()
+    assert network(x).shape == (2, 64)
+    assert network.conv1(x).shape[-1] == 32  # the CIFAR stem keeps every pixel
+    assert common.ResNet18(stem="imagenet", width=8).conv1(x).shape[-1] == 16
+    layers = network.features(x, ("layer2", "layer4"))
+    assert {name: f.shape[1] for name, f in layers.items()} == {"layer2": 16, "layer4": 64}
+    assert torch.equal(layers["layer4"], network(x))
+    with pytest.raises(ValueError, match="stem"):
+        common.ResNet18(stem="imagnet")
+
+
+# ------------------------------------------------------------------------------------------------
+# TwoCrops, AverageMeter, LRScheduler, randomness
+# ------------------------------------------------------------------------------------------------
+
+
+def test_two_crops_draw_twice():
+    generator = torch.Generator().manual_seed(0)
+    x1, x2 = common.TwoCrops(lambda x, g: x + torch.rand(x.shape, generator=g))(torch.zeros(4), generator)
+    assert not torch.equal(x1, x2)
+
+
+def test_average_meter_weights_by_count_and_stays_a_tensor():
+    meter = common.AverageMeter()
+    meter.update(torch.tensor(1.0, requires_grad=True), 96)
+    meter.update(torch.tensor(5.0), 32)  # a short last batch counts a third of a full one
+    assert torch.is_tensor(meter.sum) and not meter.sum.requires_grad
+    assert meter.avg == 2.0
+    assert math.isnan(common.AverageMeter().avg)
+
+
+def make_optimizer():
+    w, v = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    return torch.optim.SGD([{"params": [w]}, {"params": [v], "fix_lr": True}], lr=9.0)
+
+
+def test_schedule_warms_up_then_follows_the_cosine():
+    optimizer = make_optimizer()
+    schedule = common.LRScheduler(optimizer, 0.4, total_steps=110, warmup_steps=10)
+    expected = [0.4 * (s + 1) / 10 for s in range(10)]
+    expected += [0.2 * (1 + math.cos(math.pi * s / 100)) for s in range(100)]
+    for step, lr in enumerate(expected):
+        assert schedule.step(step) == pytest.approx(lr)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+        assert optimizer.param_groups[1]["lr"] == 0.4  # the predictor's rate stays, in warm-up too
+    assert schedule.step(55) == pytest.approx(expected[55])  # no state: any step in any order
+
+
+def test_schedule_in_steps_and_constant():
+    steps = common.LRScheduler(make_optimizer(), 1.0, 200, kind="steps", milestones=(60, 120), factor=0.2)
+    assert [steps.lr_at(s) for s in (0, 59, 60, 119, 120)] == pytest.approx([1, 1, 0.2, 0.2, 0.04])
+    assert common.LRScheduler(make_optimizer(), 0.3, 9, kind="constant").lr_at(8) == 0.3
+    with pytest.raises(ValueError, match="kind"):
+        common.LRScheduler(make_optimizer(), 1.0, 1, kind="linear")
+
+
+def test_reseed_depends_on_every_number():
+    draw = lambda *numbers: torch.rand(4, generator=common.reseed(torch.Generator(), *numbers)).tolist()  # noqa: E731
+    assert draw(0, 7) == draw(0, 7)
+    draws = [draw(0, 7), draw(0, 8), draw(1, 7), draw(7, 0), draw(0, 7, 0)]
+    assert len({tuple(d) for d in draws}) == 5
+
+
+def test_precision_and_device_errors():
+    with pytest.raises(common.UsageError, match="--device cuda:77"):
+        common.pick_device("cuda:77")
+    with pytest.raises(common.UsageError, match="--amp fp16"):
+        common.pick_precision("fp16", torch.device("cpu"))
+    autocast, scaler = common.pick_precision("bf16", torch.device("cpu"))
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert not scaler.is_enabled()
+    autocast, _ = common.pick_precision("off", torch.device("cpu"))
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x", "not a whole number"), ("1.5", "not a whole number"), ("0", "at least 1"), ("11", "at most 10"),
+])
+def test_number_names_the_bound(text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        common.number(int, low=1, high=10)(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-1"])
+def test_number_refuses_what_is_no_rate(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        common.number(float, above=0)(text)
+
+
+def test_clock():
+    assert [common.clock(s) for s in (0, 75, 3675)] == ["0:00", "1:15", "1:01:15"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder of a run, checkpoints
+# ------------------------------------------------------------------------------------------------
+
+
+class Source:
+    name, description = "pictures", ["12 pictures"]
+
+
+class Dataset:
+    classes, mean, std = ["a", "b"], (0.5,) * 3, (0.25,) * 3
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = common.ResNet18(stem="cifar", width=4)
+
+
+def make_args(folder, **changes):
+    args = dict(data="toy", out=str(folder), quiet=True, tensorboard=False, save_every=1, knn_split="val", lr=0.1,
+                batch_size=4, amp="auto", image_size=32, stem="cifar", width=4)
+    return argparse.Namespace(**(args | changes))
+
+
+def make_parts():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.backbone(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    return model, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+
+
+def start_run(args, checkpoint=None):
+    run = common.Run("simsiam", args, Source, checkpoint)
+    run.start(total_steps=9, epoch_steps=3, device="cpu", lr=0.1, chance="0")
+    return run
+
+
+def test_checkpoint_restores_everything(tmp_path):
+    run = start_run(make_args(tmp_path / "run"))
+    model, optimizer, scaler = make_parts()
+    run.save(model, optimizer, scaler, 3, Dataset, 50.0, last=False)
+    drawn = torch.rand(3)
+
+    other, other_optimizer, _ = make_parts()
+    checkpoint = common.load_checkpoint(tmp_path / "run", "simsiam")
+    assert common.restore(checkpoint, other, other_optimizer, scaler) == 3
+    assert torch.equal(torch.rand(3), drawn)
+    for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    moments = [s["momentum_buffer"] for s in optimizer.state.values()]
+    for p, s in zip(moments, other_optimizer.state.values(), strict=True):
+        assert torch.equal(p, s["momentum_buffer"])
+    backbone = common.load_backbone(checkpoint)
+    assert not backbone.training
+    assert checkpoint["epoch"] == 1 and checkpoint["classes"] == ["a", "b"]
+    theirs = torchvision.models.resnet18().state_dict().keys() - {"fc.weight", "fc.bias"}
+    assert checkpoint["backbone"].keys() == theirs - {k for k in theirs if "downsample" in k and "layer1" in k}
+
+
+def test_best_is_kept_by_validation_only(tmp_path):
+    parts = make_parts()
+    run = start_run(make_args(tmp_path / "val"))
+    for step, score in ((3, 50.0), (6, 60.0), (9, 55.0)):
+        run.save(*parts, step, Dataset, score, last=step == 9)
+    assert common.load_checkpoint(tmp_path / "val" / "best.pt")["step"] == 6
+    assert common.load_checkpoint(tmp_path / "val")["step"] == 9
+    run = start_run(make_args(tmp_path / "test", knn_split="test"))
+    run.save(*parts, 3, Dataset, 50.0, last=True)
+    assert not (tmp_path / "test" / "best.pt").exists()
+
+
+def test_save_every(tmp_path):
+    run = start_run(make_args(tmp_path, save_every=2))
+    parts = make_parts()
+    run.save(*parts, 3, Dataset, None, last=False)
+    assert not (tmp_path / "last.pt").exists()
+    run.save(*parts, 6, Dataset, None, last=False)
+    run.save(*parts, 9, Dataset, None, last=True)
+    assert common.load_checkpoint(tmp_path)["step"] == 9
+
+
+def row(run, epoch, knn=40.0, loss=1.0):
+    run.log(epoch=epoch, step=3 * epoch, loss=loss, lr=0.1, images_per_second=5.0, knn=knn, std=0.9)
+
+
+def test_metrics_stand_once_after_a_resume(tmp_path):
+    run = start_run(make_args(tmp_path))
+    parts = make_parts()
+    row(run, 0, knn=30.0)
+    row(run, 1)
+    run.save(*parts, 3, Dataset, 40.0, last=False)
+    row(run, 2, knn=90.0)  # written, but the process dies before its checkpoint
+    resumed = start_run(make_args(tmp_path), common.load_checkpoint(tmp_path))
+    assert resumed.best == 40.0 and resumed.first == 30.0
+    row(resumed, 2)
+    rows = common.read_metrics(tmp_path)
+    assert [r["epoch"] for r in rows] == [0, 1, 2] and rows[2]["knn"] == 40.0
+    assert list(rows[0]) == ["epoch", "step", "seconds", "loss", "lr", "images_per_second", "knn", "std"]
+    assert json.loads((tmp_path / "args.json").read_text())["width"] == 4
+
+
+def test_a_cut_off_last_line_of_metrics_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1, "lo')
+    assert common.read_metrics(tmp_path) == [{"epoch": 0}]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    run = start_run(make_args(tmp_path))
+    with pytest.raises(common.UsageError, match="loss is nan.*--lr"):
+        row(run, 1, loss=float("nan"))
+
+
+def test_a_failed_write_keeps_the_former_checkpoint(tmp_path, monkeypatch):
+    run = start_run(make_args(tmp_path))
+    parts = make_parts()
+    run.save(*parts, 3, Dataset, None, last=True)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(common.UsageError, match="No space left"):
+        run.save(*parts, 6, Dataset, None, last=True)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+def test_a_strangers_file_is_refused_in_one_line(tmp_path, capsys):
+    file = tmp_path / "x.pt"
+    for content, reason in ((b"", "not a readable"), (b"hello", "not a readable"), (None, "could run code")):
+        if content is None:
+            torch.save({"model": Evil()}, file)
+        else:
+            file.write_bytes(content)
+        with pytest.raises(common.UsageError, match=reason) as error:
+            common.load_checkpoint(file)
+        assert "\n" not in str(error.value)
+    file.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(common.UsageError):
+        common.load_checkpoint(file)
+    torch.save({"model": {}}, file)
+    with pytest.raises(common.UsageError, match="not a checkpoint of this project"):
+        common.load_checkpoint(file)
+    with pytest.raises(common.UsageError, match="no checkpoint there"):
+        common.load_checkpoint(tmp_path / "missing")
+    assert "code from a checkpoint ran" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    run = start_run(make_args(tmp_path))
+    run.save(*make_parts(), 3, Dataset, None, last=True)
+    with pytest.raises(common.UsageError, match="simsiam.py"):
+        common.load_checkpoint(tmp_path, "moco")
+
+
+def test_views_picture_shows_the_pixels(tmp_path):
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    view = (images.float() / 255 - 0.5) / 0.25
+    common.save_views(tmp_path / "v.png", images, [view, view.flip(3)], (0.5,) * 3, (0.25,) * 3)
+    picture = torchvision.transforms.functional.pil_to_tensor(Image.open(tmp_path / "v.png")).float()
+    tile = [picture[:, 4:100, 4 + 100 * i : 100 + 100 * i] for i in range(3)]
+    assert (tile[0] - tile[1]).abs().max() <= 1
+    assert (tile[0] - tile[2].flip(2)).abs().max() <= 1
