@@ -1,0 +1,507 @@
+"""Random image operations on whole batches, on any device, each image with its own draw.
+
+Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are float32 in [0, 1] and new tensors.
+        Given the same parameters, each operation equals torchvision's operation on one float tensor to 1e-5.
+Draws   Every random number is drawn on the host, from an optional CPU torch.Generator, and only then moved to
+        the images. So a seed gives the same views on every device; and the host knows whose coin said no,
+        so that those images are skipped without asking the GPU anything. Nothing here waits for a GPU.
+Speed   On a CPU the work goes through in chunks that stay in the cache; elsewhere in one piece.
+Limits  Where TF32 products are allowed on a GPU, crops, blurs and jitter are exact to about 1e-3, not 1e-5.
+
+A recipe is a function of a batch and reads like the sentence in the paper:
+
+    def view(images):
+        x = random_resized_crop(images, 32, scale=(0.2, 1.0), flip=0.5)
+        x = color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8)
+        x = random_grayscale(x, p=0.2)
+        return normalize(x, mean, std)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_PIXELS = 1 << 16      # pixels a chunk on a CPU: 64 images of 32x32, one of 224x224; 768 kB as float32
+BLOCK = 64                # output pixels a matrix product computes at once, where the matrix is a narrow band
+RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            # luminance of ITU-R BT.601
+
+
+# ---------------------------------------------------------------------------------------------- plumbing
+def _check(images):
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8 (0-255) or float (0-1), got {images.dtype}")
+
+
+def _check_square(images):
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be square, got {images.shape[2]}x{images.shape[3]} (height x width)")
+
+
+def _copy(images):
+    """A contiguous float32 copy in [0, 1], free to be changed in place."""
+    x = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return x.div_(255) if images.dtype == torch.uint8 else x
+
+
+def _float(images):
+    """Contiguous float32 in [0, 1]; the very same tensor where it is that already."""
+    x = images.to(torch.float32).contiguous()
+    return x.div_(255) if images.dtype == torch.uint8 else x
+
+
+def _send(host, device):
+    """Move a small host tensor. From pinned memory the copy is asynchronous: the host does not wait."""
+    if device.type == "cuda" and host.device.type == "cpu":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def _check_host(values, shape, name):
+    if values.shape != shape or values.device.type != "cpu":
+        raise ValueError(f"{name} must be a CPU tensor {shape}, got {tuple(values.shape)}, {values.device}")
+
+
+def _per_image(values, n, name):
+    """One host value per image, (n,), as float32."""
+    values = torch.as_tensor(values, dtype=torch.float32)
+    _check_host(values, (n,), name)
+    return values
+
+
+def _uniform(n, low, high, generator):
+    return torch.empty(n).uniform_(low, high, generator=generator)
+
+
+def _heads(n, p, generator):
+    """Toss a coin for each image: the host indices (M,) of those that said yes."""
+    return (torch.rand(n, generator=generator) < p).nonzero().flatten()
+
+
+def _chunks(n, images, start=0):
+    """Slices that cover start..n, each as many images as a CPU's cache holds; one slice on other devices."""
+    pixels = images.shape[2] * images.shape[3]
+    step = max(1, CHUNK_PIXELS // pixels if images.device.type == "cpu" else n)
+    return [slice(i, min(i + step, n)) for i in range(start, n, step)]
+
+
+def _two_products(out, wy, x, wx, bands_y, bands_x):
+    """out[n, c] = wy[n] @ x[n, :, c] @ wx[n]^T, skipping what is known to be zero.
+
+    out      (n, 3, h, w), written to.
+    wy, wx   (n, h, H) and (n, w, W), one matrix for each image.
+    x        (n, H, 3, W): with the channels in the middle, both are plain products of two matrices an image.
+    bands_y  [(first, last), ...]: each BLOCK of wy's rows is zero outside the columns first..last-1.
+    """
+    n, _, height, width = out.shape
+    rows = [wy[:, b * BLOCK:(b + 1) * BLOCK, j:k] @ x[:, j:k].flatten(2) for b, (j, k) in enumerate(bands_y)]
+    x = torch.cat(rows, dim=1).view(n, 3 * height, -1)                                      # (n, 3h, W)
+    for b, (j, k) in enumerate(bands_x):
+        i = slice(b * BLOCK, (b + 1) * BLOCK)
+        columns = x[:, :, j:k] @ wx[:, i, j:k].mT                                           # (n, 3h, BLOCK)
+        out[..., i] = columns.view(n, height, 3, -1).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------- crop, resize, flip
+def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, generator=None):
+    """Draw n crops by the law of torchvision's RandomResizedCrop.
+
+    side     pixels a side of the stored, square images.
+    scale    range of the crop's area as a share of the image's, drawn uniformly.
+    ratio    range of the crop's width/height in the original picture, drawn uniformly in the logarithm.
+    aspect   (n,) host tensor, original width/height of images that were squashed to the square. The law is
+             then applied to a picture of that shape with as many pixels as are stored (side * sqrt(aspect)
+             wide, rounded), and the box is squashed like the picture. None: the images were square.
+    returns  (n, 4) float32 on the host: top, left, height, width in stored pixels; integers if aspect is 1.
+    """
+    if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
+        raise ValueError(f"scale and ratio must be (low, high) with 0 < low <= high, got {scale} and {ratio}")
+    aspect = torch.ones(n) if aspect is None else torch.as_tensor(aspect)
+    _check_host(aspect, (n,), "aspect")
+    root = aspect.double().sqrt()[:, None]
+    full_w = (side * root).round().clamp(min=1)                                                     # (n, 1)
+    full_h = (side / root).round().clamp(min=1)
+
+    # Ten tries at an area and a shape; the first that fits inside the image is taken.
+    tries = torch.rand(2, n, 10, generator=generator, dtype=torch.float64)
+    area = full_w * full_h * (scale[0] + (scale[1] - scale[0]) * tries[0])                          # (n, 10)
+    shape = (math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * tries[1]).exp()
+    w, h = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    fits = (w > 0) & (w <= full_w) & (h > 0) & (h <= full_h)
+
+    # An eleventh try that always fits: the largest central crop whose shape lies within `ratio`.
+    w = torch.cat([w, torch.minimum(full_w, (full_h * ratio[1]).round().clamp(min=1))], dim=1)   # (n, 11)
+    h = torch.cat([h, torch.minimum(full_h, (full_w / ratio[0]).round().clamp(min=1))], dim=1)
+    first = (fits.cumsum(1) == 0).sum(1, keepdim=True)          # 0-9: the first that fits; 10: none did
+    w, h = w.gather(1, first), h.gather(1, first)                                                   # (n, 1)
+
+    place = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
+    top = torch.where(first < 10, (place[0] * (full_h - h + 1)).floor(), ((full_h - h) / 2).floor())
+    left = torch.where(first < 10, (place[1] * (full_w - w + 1)).floor(), ((full_w - w) / 2).floor())
+    squash_y, squash_x = side / full_h, side / full_w
+    return torch.cat([top * squash_y, left * squash_x, h * squash_y, w * squash_x], dim=1).float()  # (n, 4)
+
+
+def _bands(start, length, side, size, reach, flip):
+    """The stored pixels first..last-1 that each BLOCK of output pixels looks at: host (N, blocks, 2)."""
+    step = length / size                                                                    # (N, 1)
+    i = torch.arange(0, size, BLOCK)                                                        # (blocks,)
+    k = (i + BLOCK).clamp(max=size)
+    if flip is not None:
+        i, k = torch.where(flip, size - k, i), torch.where(flip, size - i, k)
+    margin = reach * step.clamp(min=1)
+    first = torch.maximum(start + (i + 0.5) * step - margin, start).floor()
+    last = torch.minimum(start + (k - 0.5) * step + margin, start + length).ceil().clamp(max=side)
+    return torch.stack([first, last], dim=2).int()
+
+
+def _union(bands):
+    """(n, blocks, 2) -> first and last pixel that these images need, and each block's, from first on."""
+    first, last = bands[..., 0].amin(0).tolist(), bands[..., 1].amax(0).tolist()
+    low = min(first)
+    return low, max(last), [(j - low, k - low) for j, k in zip(first, last, strict=True)]
+
+
+def _resize_weights(start, length, first, last, size, flip, interpolation):
+    """The matrix that crops and resizes one axis: (n, size, last-first), rows sum to 1.
+
+    start, length  (n, 1, 1) the crop on this axis, in pixels of the stored image.
+    first, last    the matrix's columns stand for the stored pixels first..last-1.
+    flip           (n, 1, 1) bool, mirror the output; or None.
+
+    Output pixel i looks at the point c = start + (i + 1/2) * step, step = length / size. A stored pixel j,
+    its centre at j + 1/2, counts by its distance |j + 1/2 - c|, measured in steps when the image shrinks (the
+    filter widens and misses no pixel: antialiasing) and in stored pixels when it grows. Pixels outside the
+    crop do not count; those that the edge of a fractional crop cuts count by their share inside.
+    """
+    i = torch.arange(size, device=start.device)[:, None] + 0.5                              # (size, 1)
+    j = torch.arange(first, last, device=start.device) + 0.5                                # (last-first,)
+    step = length / size
+    if flip is not None:
+        i = torch.where(flip, size - i, i)                                                  # (n, size, 1)
+    t = ((j - start) - i * step).div_(step.clamp(min=1)).abs_()                     # (n, size, last-first)
+    if interpolation == "bilinear":
+        w = torch.rsub(t, 1).clamp_(min=0)                                                 # 1 - t up to t = 1
+    else:
+        # Keys' cubic, a = -1/2: 1.5 t^3 - 2.5 t^2 + 1 on [0, 1], then -0.5 t^3 + 2.5 t^2 - 4 t + 2 on [1, 2].
+        # Both are 0 at the end of their range that the clamp holds them at, so that their sum is the filter.
+        t1, t2 = t.clamp(max=1), t.clamp(1, 2)
+        w = (1.5 * t1 - 2.5) * t1 * t1 + 1 + ((-0.5 * t2 + 2.5) * t2 - 4) * t2 + 2
+    inside = (start + length + 0.5 - j).clamp(0, 1) * (j + 0.5 - start).clamp(0, 1)       # (n, 1, last-first)
+    w.mul_(inside)
+    return w.div_(w.sum(2, keepdim=True))
+
+
+def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
+    """Crop a box out of each image and resize it to size x size, antialiased; mirror some of them.
+
+    boxes          (N, 4) host tensor: top, left, height, width in pixels; fractions are allowed.
+    flip           (N,) bool host tensor: mirror left-right; None: none.
+    interpolation  "bilinear", or "bicubic" (clamped to [0, 1]).
+    returns        (N, 3, size, size) float32.
+
+    Crop, resize and flip are linear on each axis, so that one matrix an axis does all: Wy @ image @ Wx^T.
+    """
+    _check(images)
+    n, _, height, width = images.shape
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    _check_host(boxes, (n, 4), "boxes")
+    boxes = boxes.float()
+    top, left, h, w = boxes.split(1, dim=1)                                                 # (N, 1)
+    if not bool(((boxes[:, :2] >= 0).all(1, True) & (boxes[:, 2:] > 0).all(1, True)
+                 & (top + h <= height + 1e-3) & (left + w <= width + 1e-3)).all()):
+        raise ValueError(f"boxes must lie within the {height}x{width} images and not be empty")
+    if flip is not None:
+        _check_host(flip, (n,), "flip")
+        flip = flip.bool()[:, None]
+    reach = 1 if interpolation == "bilinear" else 2
+    bands_y, bands_x = _bands(top, h, height, size, reach, None), _bands(left, w, width, size, reach, flip)
+
+    out = torch.empty(n, 3, size, size, device=images.device)
+    boxes = _send(boxes, images.device).view(n, 4, 1, 1)
+    flip = None if flip is None else _send(flip, images.device).view(n, 1, 1)
+    with torch.autocast(images.device.type, enabled=False):         # bf16's 8 bits would spoil the picture
+        for s in _chunks(n, images):
+            y0, y1, rows = _union(bands_y[s])
+            x0, x1, columns = _union(bands_x[s])
+            top, left, h, w = boxes[s].unbind(1)                                            # each (n, 1, 1)
+            wy = _resize_weights(top, h, y0, y1, size, None, interpolation)                 # (n, size, y1-y0)
+            wx = _resize_weights(left, w, x0, x1, size, None if flip is None else flip[s], interpolation)
+            if images.dtype == torch.uint8:
+                wy.div_(255)
+            x = images[s, :, y0:y1, x0:x1].transpose(1, 2)                              # (n, y1-y0, 3, x1-x0)
+            x = x.to(torch.float32, memory_format=torch.contiguous_format)
+            _two_products(out[s], wy, x, wx, rows, columns)
+    return out.clamp_(0, 1) if interpolation == "bicubic" else out
+
+
+def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.0, aspect=None,
+                        interpolation="bilinear", generator=None):
+    """torchvision's RandomResizedCrop, then RandomHorizontalFlip(flip), in one step. See crop_boxes.
+
+    images  (N, 3, S, S); flip is a probability; aspect (N,) host tensor or None.
+    returns (N, 3, size, size) float32.
+    """
+    _check(images)
+    _check_square(images)
+    n, side = len(images), images.shape[2]
+    boxes = crop_boxes(n, side, scale, ratio, aspect, generator)
+    flips = torch.rand(n, generator=generator) < flip if flip > 0 else None
+    return resized_crop(images, boxes, size, flips, interpolation)
+
+
+def center_crop(images, size, aspect=None, fraction=1.0):
+    """The view for evaluation: the central square of the original picture, resized to size x size.
+
+    aspect    (N,) host tensor, original width/height of images squashed to the square; None: 1.
+    fraction  side of the central square, as a share of the original's shorter side.
+    returns   (N, 3, size, size) float32; the images themselves where nothing is cropped or resized.
+    """
+    _check(images)
+    _check_square(images)
+    n, side = len(images), images.shape[2]
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
+    aspect = torch.ones(n) if aspect is None else torch.as_tensor(aspect).float()
+    _check_host(aspect, (n,), "aspect")
+    if size == side and fraction == 1 and bool((aspect == 1).all()):
+        return _copy(images)
+    # Of a picture a wide and 1 high, the square takes min(a, 1) of the height and min(1/a, 1) of the width.
+    h, w = side * fraction * aspect.clamp(max=1), side * fraction * (1 / aspect).clamp(max=1)
+    return resized_crop(images, torch.stack([(side - h) / 2, (side - w) / 2, h, w], dim=1), size)
+
+
+def random_horizontal_flip(x, p=0.5, generator=None):
+    """Mirror each image left-right with probability p."""
+    _check(x)
+    heads, x = _send(_heads(len(x), p, generator), x.device), _copy(x)
+    return x.index_copy_(0, heads, x.index_select(0, heads).flip(3))
+
+
+def random_crop(x, padding=4, generator=None):
+    """torchvision's RandomCrop(side, padding): shift each image by up to `padding` pixels, filling with 0."""
+    _check(x)
+    top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), generator=generator)
+    # All shifted images exist as views of the padded ones; pick one each.
+    padded = F.pad(_copy(x), (padding, padding, padding, padding))
+    shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)           # (N, 3, 2p+1, 2p+1, H, W)
+    return shifts[torch.arange(len(x), device=x.device), :, _send(top, x.device), _send(left, x.device)]
+
+
+def rotate(x, k):
+    """Turn each (square) image counter-clockwise by k quarter turns, as torch.rot90; k (N,) host integers."""
+    _check(x)
+    _check_square(x)
+    k = torch.as_tensor(k)
+    _check_host(k, (len(x),), "k")
+    out = _copy(x)
+    for turns in (1, 2, 3):
+        which = _send((k % 4 == turns).nonzero().flatten(), x.device)
+        out.index_copy_(0, which, out.index_select(0, which).rot90(turns, (2, 3)))
+    return out
+
+
+# ------------------------------------------------------------------------------------------- colour
+def _gray(x):
+    """(N, 3, H, W) -> (N, 1, H, W) luminance."""
+    r, g, b = (x[:, c:c + 1] for c in range(3))
+    return (r * RGB_TO_GRAY[0]).add_(g, alpha=RGB_TO_GRAY[1]).add_(b, alpha=RGB_TO_GRAY[2])
+
+
+def _blend_matrices(factor, gray_share, mean_share):
+    """Brightness, contrast and saturation as one formula, so that each image can do a different one.
+
+    It is clamp(factor * x + (1 - factor) * base), where base is black (shares 0: brightness), the mean of the
+    grey image (mean_share 1: contrast) or the grey image (gray_share 1: saturation): all linear in rgb.
+
+    factor, gray_share, mean_share  host tensors of one shape (...).
+    returns  own (..., 3, 3) and mean (..., 1, 3): a pixel becomes clamp(own @ rgb + mean @ image's mean rgb).
+    """
+    luminance = torch.tensor([RGB_TO_GRAY])                                                 # (1, 3)
+    factor, gray_share, mean_share = (v[..., None, None] for v in (factor, gray_share, mean_share))
+    own = factor * torch.eye(3) + (1 - factor) * gray_share * luminance
+    return own, (1 - factor) * mean_share * luminance
+
+
+def _blend(x, own, mean):
+    """Apply _blend_matrices: x (n, 3, H, W), own (n, 3, 3), mean (n, 1, 3), on one device."""
+    pixels = x.flatten(2)                                                                   # (n, 3, HW)
+    offset = mean @ pixels.mean(2, keepdim=True)                                            # (n, 1, 1)
+    return torch.bmm(own, pixels).add_(offset).clamp_(0, 1).view(x.shape)
+
+
+def _hue_(x, shift):
+    """In place: turn each image's hue by shift (n, 1, 1) of a full circle; HSV's value and saturation stay.
+
+    This is HSV without its six cases. The hues H lie on a circle of length 6: red at 0, green at 2, blue at
+    4. Stretch a pixel's colours to u, from 0 (the least) to 1 (the greatest): u_r is 1 within a distance of 1
+    from red, falls to 0 at a distance of 2, and stays 0; u_g and u_b do so around their places. Backwards:
+    on the way from red to its opposite, the greater of u_g and u_b rises to 1, then u_r falls to 0, then the
+    lesser rises to 1, each over a distance of 1. So, on green's side of red if g > b, else on blue's,
+        |H| = u_g + u_b + 1 - u_r = 1 + (g + b - r - low) / (high - low).
+    """
+    r, g, b = x.unbind(1)                                                           # views, each (n, H, W)
+    low = torch.minimum(torch.minimum(r, g), b)
+    chroma = torch.maximum(torch.maximum(r, g), b).sub_(low).clamp_(min=1e-12)  # grey has no hue; avoid 0 / 0
+    h = (g + b).sub_(r).sub_(low).div_(chroma).add_(1)
+    h.copysign_(g - b).add_(6 * shift)
+    h.sub_((h / 6).floor_(), alpha=6)                                               # into [0, 6)
+    # Forwards: u_g = clamp(2 - |h - 2|) = clamp(min(h, 4 - h)) in [0, 1]; u_b = clamp(min(h - 2, 6 - h));
+    # u_r = clamp(max(2 - h, h - 4)) = -clamp(min(h - 2, 4 - h)) in [-1, 0].
+    up, down = h - 2, 4 - h
+    torch.addcmul(low, torch.minimum(up, down).clamp_(-1, 0), chroma, value=-1, out=r)
+    torch.addcmul(low, torch.minimum(h, down).clamp_(0, 1), chroma, out=g)
+    torch.addcmul(low, torch.minimum(up, down.add_(2)).clamp_(0, 1), chroma, out=b)
+    return x
+
+
+def _adjust(x, factor, gray_share, mean_share):
+    _check(x)
+    factor = _per_image(factor, len(x), "factor")
+    one = torch.ones_like(factor)
+    own, mean = _blend_matrices(factor, one * gray_share, one * mean_share)
+    with torch.autocast(x.device.type, enabled=False):
+        return _blend(_float(x), _send(own, x.device), _send(mean, x.device))
+
+
+def adjust_brightness(x, factor):
+    """factor * x, clamped; factor (N,) host tensor >= 0, where 1 changes nothing."""
+    return _adjust(x, factor, 0, 0)
+
+
+def adjust_contrast(x, factor):
+    """factor * x + (1 - factor) * the mean of the grey image, clamped; factor (N,) host tensor >= 0."""
+    return _adjust(x, factor, 0, 1)
+
+
+def adjust_saturation(x, factor):
+    """factor * x + (1 - factor) * the grey image, clamped; factor (N,) host tensor >= 0."""
+    return _adjust(x, factor, 1, 0)
+
+
+def adjust_hue(x, factor):
+    """Turn the hue by factor, (N,) host tensor in [-0.5, 0.5] of a full circle."""
+    _check(x)
+    factor = _send(_per_image(factor, len(x), "factor"), x.device)
+    return _hue_(_copy(x), factor.view(-1, 1, 1))
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None):
+    """torchvision's RandomApply([ColorJitter(brightness, contrast, saturation, hue)], p), image by image.
+
+    The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue's in [-hue, hue];
+    each image has its own order of the four operations, all 24 equally likely. Returns (N, 3, H, W) float32.
+    """
+    _check(x)
+    if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
+        raise ValueError("brightness, contrast and saturation must be >= 0, and hue within [0, 0.5], got "
+                         f"{brightness}, {contrast}, {saturation}, {hue}")
+    n = len(x)
+    applies = torch.rand(n, generator=generator) < p
+    ranges = [(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)] + [(-hue, hue)]
+    factors = torch.stack([_uniform(n, *r, generator) for r in ranges], dim=1)              # (N, 4)
+    order = torch.rand(n, 4, generator=generator).argsort(dim=1)       # (N, 4): what comes first, second, ...
+
+    # Images whose hue comes at the same step go together, sorted: their other steps are blends, each its own.
+    hue_step = (order == 3).int().argmax(dim=1).masked_fill(~applies, 4)                 # (N,); 4: left alone
+    sort = hue_step.argsort()
+    ends = [0, *torch.bincount(hue_step, minlength=5).cumsum(0).tolist()]
+    order = order[sort]
+    factors = factors[sort].gather(1, order)                            # (N, 4): the factor at each step
+    own, mean = _blend_matrices(factors, (order == 2).float(), (order == 1).float())
+    own, mean = _send(own, x.device), _send(mean, x.device)                                # (N, 4, 3 or 1, 3)
+    shift = _send(factors, x.device)[..., None, None]                                       # (N, 4, 1, 1)
+    x = _float(x.index_select(0, _send(sort, x.device)))
+    with torch.autocast(x.device.type, enabled=False):
+        for group in range(4):
+            for s in _chunks(ends[group + 1], x, start=ends[group]):
+                y = x[s]
+                for step in range(4):
+                    if step != group:
+                        y = _blend(y, own[s, step], mean[s, step])
+                    elif hue > 0:
+                        y = _hue_(y, shift[s, step])
+                x[s] = y
+    return x.index_select(0, _send(sort.argsort(), x.device))
+
+
+def random_grayscale(x, p=0.2, generator=None):
+    """Replace each image, with probability p, by its luminance in all three channels."""
+    _check(x)
+    heads, x = _send(_heads(len(x), p, generator), x.device), _copy(x)
+    return x.index_copy_(0, heads, _gray(x.index_select(0, heads)).expand(-1, 3, -1, -1))
+
+
+# --------------------------------------------------------------------------------- blur, normalise
+def blur(x, sigma, kernel_size):
+    """Gaussian blur with reflected edges, each image its own width.
+
+    sigma        (N,) host tensor, > 0, in pixels.
+    kernel_size  odd number of taps; at most 2 * side - 1, for a reflection reaches no further than the image.
+    returns      (N, 3, H, W) float32.
+
+    A blur is linear on each axis: out = By @ x @ Bx^T. Row i of B holds the Gaussian around i; a tap that
+    falls outside is added where the reflection puts it.
+    """
+    _check(x)
+    n, _, height, width = x.shape
+    if kernel_size % 2 != 1 or not 0 < kernel_size < 2 * min(height, width):
+        raise ValueError(f"kernel_size must be odd and less than {2 * min(height, width)}, got {kernel_size}")
+    sigma = _per_image(sigma, n, "sigma")
+    if bool((sigma <= 0).any()):
+        raise ValueError("sigma must be greater than 0")
+    sigma = _send(sigma, x.device)[:, None]                                                 # (N, 1)
+    radius = kernel_size // 2
+    t = torch.arange(-radius, radius + 1, device=x.device)
+    taps = (-0.5 * (t / sigma) ** 2).softmax(dim=1)                                         # (N, kernel)
+    taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
+
+    def source(side):
+        """The pixels that each output pixel's taps read, with -1 reflected to 1; and the bands."""
+        i = t + torch.arange(side, device=x.device)[:, None]                                # (side, kernel)
+        bands = [(max(0, b - radius), min(side, b + BLOCK + radius)) for b in range(0, side, BLOCK)]
+        return (side - 1) - ((side - 1) - i.abs()).abs(), bands
+
+    def matrix(taps, source):
+        b = torch.zeros(len(taps), len(source), len(source), device=x.device)
+        return b.scatter_add_(2, source.expand(len(taps), -1, -1), taps[:, None].expand(-1, len(source), -1))
+
+    (rows, bands_y), (columns, bands_x) = source(height), source(width)
+    out = torch.empty(x.shape, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for s in _chunks(n, x):
+            by = matrix(taps[s], rows)                                                      # (n, H, H)
+            bx = by if height == width else matrix(taps[s], columns)                        # (n, W, W)
+            _two_products(out[s], by, _float(x[s].transpose(1, 2)), bx, bands_y, bands_x)
+    return out
+
+
+def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None):
+    """Blur each image with probability p, by a sigma of its own, uniform in the range, in pixels.
+
+    kernel_size  None: out to three of the largest sigma on either side, or to the edge of the image.
+    """
+    _check(x)
+    if not 0 < sigma[0] <= sigma[1]:
+        raise ValueError(f"sigma must be (low, high) with 0 < low <= high, got {sigma}")
+    if kernel_size is None:
+        kernel_size = 2 * min(math.ceil(3 * sigma[1]), min(x.shape[2:]) - 1) + 1
+    heads, sigmas = _heads(len(x), p, generator), _uniform(len(x), *sigma, generator)
+    which, x = _send(heads, x.device), _copy(x)
+    return x.index_copy_(0, which, blur(x.index_select(0, which), sigmas[heads], kernel_size))
+
+
+def normalize(x, mean, std):
+    """(x - mean) / std for each channel; mean and std (3,), for x in [0, 1]. Returns channels_last."""
+    _check(x)
+    mean, std = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
+    if mean.numel() != 3 or std.numel() != 3:
+        raise ValueError(f"mean and std must be three numbers each, got {mean.tolist()} and {std.tolist()}")
+    mean, std = _send(mean, x.device).view(1, 3, 1, 1), _send(std, x.device).view(1, 3, 1, 1)
+    out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)
+    for s in _chunks(len(x), x):
+        out[s] = (_float(x[s]) - mean).div_(std)
+    return out
