@@ -1,0 +1,556 @@
+"""data.py: every source shape is recognised, every picture arrives right, every image counts once."""
+
+import io
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def picture(path, color=(200, 40, 90), size=(40, 30), mode="RGB", **save):
+    """A small image file of one colour; the ending says the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **save)
+    return path
+
+
+def class_folders(folder, **counts):
+    for c, count in counts.items():
+        for i in range(count):
+            picture(folder / c / f"{i}.png", (10 * i, 7, len(c)), (20 + i, 30))
+
+
+def packed(folder, cache, size=16, splits=("train", "val", "test"), holdout=0.1, **options):
+    return data.pack(data.open_source(folder, holdout=holdout), size, cache=cache, splits=splits, quiet=True,
+                     **options)
+
+
+def line_of(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ---- shapes ------------------------------------------------------------------------------------
+
+
+def test_food11_of_2021(tmp_path):
+    for c in ("00", "02", "10"):
+        for i in range(4):
+            picture(tmp_path / "f/training/labeled" / c / f"{c}_{i}.jpg")
+        picture(tmp_path / "f/validation" / c / "0.jpg")
+    for i in range(5):
+        picture(tmp_path / "f/training/unlabeled/00" / f"{i}.jpg")
+        picture(tmp_path / "f/testing/00" / f"{i}.jpg")
+    source = data.open_source(tmp_path / "f")
+    assert source.classes == ["00", "02", "10"] and source.kind == "photos" and source.name == "f"
+    assert "2021" in " ".join(source.description) and all(len(line) <= 78 for line in source.description)
+    assert "12 labelled, 5 unlabelled" in " ".join(source.description)
+    d = packed(tmp_path / "f", tmp_path / "c")
+    assert d.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [-1] * 5
+    assert d.val.labels.tolist() == [0, 1, 2]
+    assert d.test.labels.tolist() == [-1] * 5  # the folder "00" of that test split is no class
+    assert data.labelled(d.train).images.data_ptr() == d.train.images.data_ptr()  # no copy
+    assert len(data.labelled(d.train)) == 12 == len(data.labelled(d.train).paths)
+
+
+def test_food11_of_2022(tmp_path):
+    for c in (0, 2, 10):
+        for i in range(3):
+            picture(tmp_path / "training" / f"{c}_{i}.jpg")
+        picture(tmp_path / "validation" / f"{c}_0.jpg")
+    for i in range(4):
+        picture(tmp_path / "test" / f"000{i}.jpg")
+    source = data.open_source(tmp_path)
+    assert source.classes == ["0", "2", "10"] and "2022" in " ".join(source.description)  # 2 before 10
+    d = packed(tmp_path, tmp_path / "c")
+    number = {"0": 0, "2": 1, "10": 2}
+    for split in (d.train, d.val):
+        assert split.labels.tolist() == [number[os.path.basename(p).split("_")[0]] for p in split.paths]
+    assert (len(d.train), len(d.val), d.test.labels.tolist()) == (9, 3, [-1] * 4)
+
+
+def test_tree_with_splits_and_nested_folders(tmp_path):
+    class_folders(tmp_path / "Train", cat=3, dog=2)
+    picture(tmp_path / "Train/dog/more/deep.bmp")
+    class_folders(tmp_path / "valid", dog=2)
+    class_folders(tmp_path / "test", cat=1)
+    d = packed(tmp_path, tmp_path / "c")
+    assert d.classes == ["cat", "dog"] and d.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert d.val.labels.tolist() == [1, 1] and d.test.labels.tolist() == [0]
+
+
+def test_tree_without_validation_holds_out_of_training_only(tmp_path):
+    class_folders(tmp_path / "train", a=10, b=20)
+    class_folders(tmp_path / "test", a=3, b=3)
+    d = packed(tmp_path, tmp_path / "c", holdout=0.2)
+    assert d.val.labels.bincount().tolist() == [2, 4] and d.train.labels.bincount().tolist() == [8, 16]
+    assert len(d.test) == 6 and all("train" in Path(p).parts for p in d.val.paths)
+    assert packed(tmp_path, tmp_path / "c", holdout=0).val is None
+
+
+def test_class_folders_without_a_split(tmp_path):
+    class_folders(tmp_path, c1=1, c2=2, c10=30)
+    source = data.open_source(tmp_path)
+    assert source.classes == ["c1", "c2", "c10"] and "held out" in " ".join(source.description)
+    train, val = source.splits["train"], source.splits["val"]
+    assert [val.labels.count(c) for c in range(3)] == [0, 1, 3]  # one of two, none of one, a tenth of thirty
+    assert not set(train.files) & set(val.files) and len(train.files) + len(val.files) == 33
+    again, other = data.open_source(tmp_path), data.open_source(tmp_path, seed=1)
+    assert again.splits["val"].files == val.files != other.splits["val"].files
+    none = data.open_source(tmp_path, holdout=0)
+    assert none.splits["val"] is None and len(none.splits["train"].files) == 33
+
+
+def test_loose_images_in_one_more_folder_and_what_is_ignored(tmp_path):
+    for name in ("a.png", "b.jpg", "c.webp", "d.gif", "e.tif", "f.ppm"):
+        picture(tmp_path / "inner" / name)
+    os.rename(tmp_path / "inner/a.png", tmp_path / "inner/a.PNG")
+    picture(tmp_path / "inner/.hidden.png")
+    picture(tmp_path / "__MACOSX/x.png")
+    (tmp_path / "inner/notes.txt").write_text("no image")
+    source = data.open_source(tmp_path)
+    text = " ".join(" ".join(source.description).split())
+    assert source.classes == [] and source.splits["train"].labels == [-1] * 6 and source.splits["val"] is None
+    assert "no labels" in text and "2 files that are no images" in text
+    assert len(packed(tmp_path, tmp_path / "c").train) == 6
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    class_folders(tmp_path / "elsewhere", cat=2)
+    class_folders(tmp_path / "d", dog=2)
+    (tmp_path / "d/cat").symlink_to(tmp_path / "elsewhere/cat", target_is_directory=True)
+    (tmp_path / "d/dog/again").symlink_to(tmp_path / "d/dog", target_is_directory=True)
+    source = data.open_source(tmp_path / "d", holdout=0)
+    assert source.splits["train"].labels == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: None, "images found"),
+    (lambda p: (p / "x.txt").write_text("x"), "no images among 1 files"),
+    (lambda p: class_folders(p, val=2, test=2), "no train folder"),
+    (lambda p: [class_folders(p / s, a=2) for s in ("train", "val", "valid")], "rename one"),
+    (lambda p: [class_folders(p / "train", a=2), class_folders(p / "val", zebra=1)], '"zebra"'),
+])
+def test_folders_that_cannot_be_understood(tmp_path, make, words):
+    make(tmp_path)
+    with pytest.raises(UsageError) as error:
+        data.open_source(tmp_path)
+    assert words in line_of(error) and str(tmp_path) in str(error.value)
+
+
+def test_names_and_paths_that_lead_nowhere(tmp_path):
+    for name, words in ((f"{tmp_path}/none", "folder not found"), ("cifar11", "stl10, imagenette, food101"),
+                        (str(picture(tmp_path / "a.png")), "is a file")):
+        with pytest.raises(UsageError, match=words):
+            data.open_source(name)
+    for name in data.NAMED_DATA[1:]:
+        with pytest.raises(UsageError) as error:
+            data.open_source(name, root=tmp_path)
+        assert "--download" in line_of(error) and "--data-root" in str(error.value)
+        assert str(tmp_path) in str(error.value)
+    with pytest.raises(UsageError, match="--holdout"):
+        data.open_source("toy", holdout=1.0)
+
+
+# ---- pixels ------------------------------------------------------------------------------------
+
+
+def pixel(path, size=8):
+    pixels, aspect = data.decode(path, size)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, size, size)
+    return pixels[:, size // 2, size // 2].tolist(), aspect
+
+
+@pytest.mark.parametrize("name, mode, color, expected", [
+    ("rgb.png", "RGB", (1, 2, 3), [1, 2, 3]),
+    ("grey.png", "L", 77, [77] * 3),
+    ("one.png", "1", 1, [255] * 3),
+    ("clear.png", "RGBA", (9, 9, 9, 0), [255] * 3),          # transparent shows white
+    ("solid.png", "RGBA", (9, 8, 7, 255), [9, 8, 7]),
+    ("half.png", "LA", (0, 128), [127] * 3),
+    ("deep.png", "I;16", 40000, [156] * 3),                  # 40000 / 257; clipped would be 255
+    ("dark.png", "I;16", 514, [2] * 3),                      # clipped would be 255
+    ("int.tif", "I", 65535, [255] * 3),
+    ("float.tif", "F", 0.5, [128] * 3),
+    ("ink.tif", "CMYK", (0, 255, 255, 0), [255, 0, 0]),
+])
+def test_modes(tmp_path, name, mode, color, expected):
+    got, aspect = pixel(picture(tmp_path / name, color, mode=mode))
+    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) <= 1 and aspect == pytest.approx(4 / 3)
+
+
+def test_palette_transparency_cmyk_jpeg_and_animation(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30] + [0] * 762)
+    image.save(tmp_path / "p.png")
+    assert pixel(tmp_path / "p.png")[0] == [10, 200, 30]
+    image.save(tmp_path / "t.png", transparency=1)
+    assert pixel(tmp_path / "t.png")[0] == [255, 255, 255]
+    Image.new("RGB", (8, 8), (5, 6, 7)).save(tmp_path / "key.png", transparency=(5, 6, 7))
+    assert pixel(tmp_path / "key.png")[0] == [255, 255, 255]
+    got = pixel(picture(tmp_path / "c.jpg", (0, 255, 255, 0), mode="CMYK", quality=100))[0]
+    assert got[0] > 245 and max(got[1:]) < 10
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert pixel(tmp_path / "a.gif")[0] == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_exif_orientation(tmp_path, orientation, ending):
+    # Four colours in four corners, so that each of the eight turns looks different; large, so that the
+    # JPEG is decoded at a fraction.
+    image = Image.new("RGB", (320, 160))
+    corners = {(0, 0): "red", (160, 0): "lime", (0, 80): "blue", (160, 80): "white"}
+    for corner, color in corners.items():
+        image.paste(Image.new("RGB", (160, 80), color), corner)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"x.{ending}", exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from PIL import ImageOps
+        upright = ImageOps.exif_transpose(Image.open(tmp_path / f"x.{ending}"))
+    pixels, aspect = data.decode(tmp_path / f"x.{ending}", 16)
+    assert aspect == upright.width / upright.height == (2 if orientation < 5 else 0.5)
+    for v in (4, 12):
+        for u in (4, 12):
+            wanted = torch.tensor(upright.getpixel((u * upright.width // 16, v * upright.height // 16)))
+            assert (pixels[:, v, u].int() - wanted).abs().max() < 12
+
+
+def test_scaled_decoding_is_close_to_decoding_whole(tmp_path):
+    ramp = torch.arange(512).float() / 2
+    smooth = torch.stack([ramp.expand(512, 512), ramp.expand(512, 512).T, (ramp + ramp[:, None]) / 2])
+    image = Image.frombytes("RGB", (512, 512), bytes(smooth.byte().permute(1, 2, 0).flatten().tolist()))
+    image.resize((600, 480)).save(tmp_path / "r.jpg", quality=95)
+    whole = Image.open(tmp_path / "r.jpg").resize((64, 64), Image.Resampling.BILINEAR)
+    whole = torch.tensor(list(whole.tobytes())).view(64, 64, 3).permute(2, 0, 1)
+    pixels, aspect = data.decode(tmp_path / "r.jpg", 64)
+    assert (pixels.int() - whole).abs().float().mean() < 1.5 and aspect == 600 / 480
+
+
+def test_image_of_the_wanted_size_is_kept_byte_by_byte(tmp_path):
+    noise = bytes(torch.randint(256, (32 * 32 * 3,)).tolist())
+    Image.frombytes("RGB", (32, 32), noise).save(tmp_path / "n.png")
+    assert bytes(data.decode(tmp_path / "n.png", 32)[0].permute(1, 2, 0).flatten().tolist()) == noise
+
+
+# ---- the store ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    class_folders(tmp_path / "d", a=20, b=20)
+    return tmp_path / "d"
+
+
+def forbid(monkeypatch):
+    def no_decoding(path, size):
+        raise AssertionError("decoded although the store is there")
+
+    monkeypatch.setattr(data, "decode", no_decoding)
+
+
+def test_second_pack_decodes_nothing(folder, tmp_path, monkeypatch):
+    first = packed(folder, tmp_path / "c")
+    forbid(monkeypatch)
+    second = packed(folder, tmp_path / "c")
+    for a, b in ((first.train, second.train), (first.val, second.val)):
+        assert a.images.equal(b.images) and a.labels.equal(b.labels) and a.aspect.equal(b.aspect)
+        assert a.paths == b.paths
+    assert first.train.aspect[0] == pytest.approx(Image.open(first.train.paths[0]).width / 30)
+    for i, path in enumerate(first.train.paths):  # every row belongs to its path
+        assert first.train.images[i, :, 0, 0].tolist() == list(Image.open(path).getpixel((0, 0)))
+    with pytest.raises(UsageError):  # another size is another store
+        packed(folder, tmp_path / "c", size=17)
+    assert not list((tmp_path / "c").glob(".packing-*"))  # and what failed left nothing behind
+
+
+def test_a_changed_file_is_packed_anew(folder, tmp_path):
+    packed(folder, tmp_path / "c", holdout=0)
+    path = folder / "b/3.png"
+    size, before = path.stat().st_size, path.stat()
+    picture(path, (250, 7, 1), (23, 30))
+    with open(path, "ab") as file:
+        file.write(b"\0" * max(0, size - path.stat().st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # the time alone is enough
+    train = packed(folder, tmp_path / "c", holdout=0).train
+    assert train.images[train.paths.index(str(path)), 0, 0, 0] == 250
+    os.rename(path, folder / "a/99.png")
+    train = packed(folder, tmp_path / "c", holdout=0).train
+    assert train.labels.bincount().tolist() == [21, 19]
+
+
+@pytest.mark.parametrize("damage", ["short", "meta", "gone"])
+def test_a_damaged_store_is_rebuilt(folder, tmp_path, damage):
+    good = packed(folder, tmp_path / "c").train.images.clone()
+    store = next((tmp_path / "c").glob("d-train-*"))
+    if damage == "short":
+        os.truncate(store / "images.bin", 1000)
+    elif damage == "meta":
+        (store / "meta.pt").write_bytes(b"garbage")
+    else:
+        (store / "images.bin").unlink()
+    assert packed(folder, tmp_path / "c").train.images.equal(good)
+    assert not list((tmp_path / "c").glob(".packing-*"))
+
+
+def test_two_packers_at_once(folder, tmp_path):
+    results, meet = [], threading.Barrier(2)
+
+    def work():
+        meet.wait()
+        results.append(packed(folder, tmp_path / "c"))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(results) == 2 and results[0].train.images.equal(results[1].train.images)
+    assert len(list((tmp_path / "c").iterdir())) == 2  # train and val
+
+
+def test_the_loser_of_a_race_uses_the_winners_store(folder, tmp_path):
+    packed(folder, tmp_path / "c")
+    final = next((tmp_path / "c").glob("d-train-*"))
+    late = tmp_path / "c" / ".packing-late"  # of a second process, about to rename
+    late.mkdir()
+    (late / "meta.pt").write_text("the loser's")
+    assert len(data.publish(late, final)) == 36 and late.exists()
+
+
+def test_only_the_splits_asked_for_are_read(tmp_path):
+    class_folders(tmp_path / "train", a=4)
+    (tmp_path / "test/a").mkdir(parents=True)
+    (tmp_path / "test/a/broken.png").write_bytes(b"")
+    d = packed(tmp_path, tmp_path / "c", splits=("train", "val"))
+    assert d.test is None and not list((tmp_path / "c").glob("*-test-*"))
+    with pytest.raises(UsageError, match="broken.png"):
+        packed(tmp_path, tmp_path / "c", splits=("test",))
+
+
+def test_unreadable_files_stop_or_are_left_out(folder, tmp_path, capsys, monkeypatch):
+    (folder / "a/0.png").write_bytes(b"")
+    (folder / "a/1.png").write_text("text")
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 90).convert("RGB").save(buffer, "JPEG")
+    (folder / "b/cut.jpg").write_bytes(buffer.getvalue()[:3000])
+    picture(folder / "b/bomb.png", size=(900, 900))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    with pytest.raises(UsageError) as error:
+        packed(folder, tmp_path / "c", holdout=0)
+    text = line_of(error)
+    assert "4 of 42" in text and "empty file" in text and "--skip-unreadable" in text and "1 more" in text
+    assert not list((tmp_path / "c").iterdir())
+    for _ in range(2):  # packed, and found again
+        source = data.open_source(folder, holdout=0)
+        train = data.pack(source, 16, cache=tmp_path / "c", skip_unreadable=True).train
+        assert "left out 4" in capsys.readouterr().out
+        assert len(train) == train.images.shape[0] == 38 and train.labels.bincount().tolist() == [18, 20]
+        for i, path in enumerate(train.paths):
+            assert train.images[i, :, 0, 0].tolist() == list(Image.open(path).getpixel((0, 0)))
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match="--cache"):
+        packed(folder, tmp_path / "file/c")
+    full = type("usage", (), {"free": 10})
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UsageError, match="--cache"):
+        packed(folder, tmp_path / "c")
+    assert not list((tmp_path / "c").iterdir())
+
+
+# ---- toy, CIFAR, STL-10 ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return data.pack(data.open_source("toy"), 32, cache=tmp_path_factory.mktemp("toy"), quiet=True,
+                     splits=("train", "val", "test"))
+
+
+def test_toy(toy, tmp_path):
+    assert [len(s) for s in (toy.train, toy.val, toy.test)] == [4000, 1000, 1000] and toy.kind == "toy"
+    for split in (toy.train, toy.val, toy.test):
+        assert split.labels.bincount().tolist() == [len(split) // 10] * 10
+        assert split.images[:, 0].equal(split.images[:, 1]) and split.images[:, 0].equal(split.images[:, 2])
+    again = torch.cat(list(data.draw_toy("val", 32)))
+    assert again.equal(toy.val.images) and not again.equal(toy.test.images)
+    # The same geometry at another size: shrunk, it is the small one but for noise and edges.
+    large = torch.nn.functional.avg_pool2d(next(data.draw_toy("val", 64))[:20].float(), 2)
+    assert (large - again[:20].float()).abs().mean() < 12
+    # Neither trivial nor hopeless: nearest class mean of the pixels is above chance and far from solving it.
+    x, y = toy.train.images[:, 0].flatten(1).float(), toy.train.labels
+    means = torch.stack([(x[y == c] - x[y == c].mean(1, keepdim=True)).abs().mean(0) for c in range(10)])
+    q = toy.val.images[:, 0].flatten(1).float()
+    q = (q - q.mean(1, keepdim=True)).abs()
+    accuracy = (torch.cdist(q, means).argmin(1) == toy.val.labels).float().mean()
+    assert 0.12 < accuracy < 0.75, accuracy
+
+
+def test_real_cifar10_comes_out_byte_by_byte(tmp_path):
+    root = ROOT.parent / "shared"
+    if not (root / "cifar-10-batches-py").is_dir():
+        pytest.skip("no ../shared/cifar-10-batches-py beside the repository")
+    from torchvision.datasets import CIFAR10
+    d = data.pack(data.open_source("cifar10", root=root), 32, tmp_path, ("val", "test"), quiet=True)
+    truth = CIFAR10(root, train=False)
+    assert d.test.images.permute(0, 2, 3, 1).equal(torch.from_numpy(truth.data))
+    assert d.test.labels.tolist() == truth.targets and d.classes == truth.classes and d.kind == "cifar"
+    assert d.val.labels.bincount().tolist() == [500] * 10 and d.train is None
+    truth = CIFAR10(root)
+    rows = [int(p.split("/")[-1]) for p in d.val.paths]
+    assert d.val.images.permute(0, 2, 3, 1).equal(torch.from_numpy(truth.data[rows]))
+    assert data.open_source(root / "cifar-10-batches-py").name == "cifar10"
+
+
+def fake_stl10(root):
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    for part, count in (("train", 20), ("unlabeled", 5), ("test", 4)):
+        pixels = torch.zeros(count, 3, 96, 96, dtype=torch.uint8)
+        pixels[:, 0, :48] = torch.arange(count)[:, None, None].byte() + 1  # red in the top half ...
+        (folder / f"{part}_X.bin").write_bytes(bytes(pixels.transpose(2, 3).flatten().tolist()))
+        if part != "unlabeled":
+            (folder / f"{part}_y.bin").write_bytes(bytes([i % 10 + 1 for i in range(count)]))
+
+
+def test_stl10(tmp_path):
+    fake_stl10(tmp_path)
+    d = data.pack(data.open_source("stl10", root=tmp_path), 96, tmp_path / "c", ("train", "val", "test"), True)
+    assert (d.kind, len(d.train), len(d.val), len(d.test)) == ("stl10", 15, 10, 4)
+    assert (d.train.labels < 0).tolist() == [False] * 10 + [True] * 5
+    for split in (d.train, d.val, d.test):
+        for i, path in enumerate(split.paths):
+            row = int(path.split("/")[-1])
+            assert split.images[i, 0, 0, 95] == row + 1 and split.images[i, 0, 95, 0] == 0  # ... not the left
+            assert split.labels[i] == (-1 if "unlabeled" in path else row % 10)
+    os.truncate(tmp_path / "stl10_binary/train_X.bin", 1000)
+    with pytest.raises(UsageError, match="--download"):
+        data.open_source("stl10", root=tmp_path)
+
+
+def test_pickles_with_code_are_refused(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/batches.meta").write_bytes(b"cos\nsystem\n(S'touch %s/ran'\ntR." %
+                                                                str(tmp_path).encode())
+    with pytest.raises(UsageError, match="damaged"):
+        data.open_source(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- batches -----------------------------------------------------------------------------------
+
+
+def split_of(count):
+    images = torch.arange(count).view(-1, 1, 1, 1).expand(count, 3, 2, 2).to(torch.uint8).clone()
+    return data.Split(images, torch.arange(count) % 3 - 1, torch.arange(count).float() + 0.5,
+                      [str(i) for i in range(count)])
+
+
+def indices(batches, epoch=0, start=0):
+    out = []
+    for images, aspect, labels, index in batches.batches(epoch, start):
+        assert images[:, 0, 0, 0].tolist() == index.tolist()  # all four parts speak of the same image
+        assert aspect.equal(index + 0.5) and labels.equal(index % 3 - 1)
+        out.append(index.tolist())
+    return out
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_an_epoch_shows_every_image_once(prefetch):
+    batches = data.Batches(split_of(50), 8, drop_last=False)
+    batches.prefetch = prefetch
+    first = indices(batches)
+    assert sorted(sum(first, [])) == list(range(50)) and [len(b) for b in first] == [8] * 6 + [2]
+    assert len(batches) == 7 == len(first)
+    assert first == indices(batches) != indices(batches, epoch=1)
+    assert indices(batches, epoch=1, start=3) == indices(batches, epoch=1)[3:]  # a resume from the middle
+    assert indices(batches, start=7) == []
+    other, next_epoch = data.Batches(split_of(50), 8, seed=1, drop_last=False), indices(batches, epoch=1)
+    assert indices(other) != first and indices(other) != next_epoch
+
+
+def test_short_batches_are_dropped_in_training_only():
+    training, evaluation = data.Batches(split_of(50), 8), data.Batches(split_of(50), 8, shuffle=False,
+                                                                       drop_last=False)
+    assert [len(b) for b in indices(training)] == [8] * 6 and len(training) == 6
+    assert sum(indices(evaluation), []) == list(range(50))
+
+
+def test_ranks_share_each_batch():
+    whole = indices(data.Batches(split_of(50), 8), epoch=2)
+    shares = [indices(data.Batches(split_of(50), 8, rank=r, world=4), epoch=2) for r in range(4)]
+    for step, batch in enumerate(whole):
+        assert sum((share[step] for share in shares), []) == batch
+        assert [len(share[step]) for share in shares] == [2] * 4
+    last = [indices(data.Batches(split_of(49), 8, shuffle=False, drop_last=False, rank=r, world=2))
+            for r in range(2)]
+    assert sorted(sum(last[0] + last[1], [])) == list(range(49)) and len(last[0]) == len(last[1]) == 7
+
+
+def test_batch_sizes_that_cannot_work():
+    with pytest.raises(UsageError, match="--batch-size 64.* 50 images"):
+        data.Batches(split_of(50), 64)
+    assert [len(b) for b in indices(data.Batches(split_of(50), 64, drop_last=False))] == [50]
+    with pytest.raises(UsageError, match="--batch-size"):
+        data.Batches(split_of(50), 10, world=4)
+    with pytest.raises(UsageError, match="--batch-size"):
+        data.Batches(split_of(50), 0)
+
+
+def test_the_prefetching_thread_ends_and_its_errors_are_raised(monkeypatch):
+    before = threading.active_count()
+    batches = data.Batches(split_of(200), 4)
+    batches.prefetch = True
+    running = batches.batches(0)
+    next(running)
+    assert threading.active_count() == before + 1
+    running.close()
+    assert threading.active_count() == before
+
+    true_select = torch.index_select
+
+    def fail(images, dim, index, out=None):
+        if 7 in index:
+            raise OSError("the disk is gone")
+        return true_select(images, dim, index, out=out)
+
+    monkeypatch.setattr(torch, "index_select", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(batches.batches(0))
+    assert threading.active_count() == before
+
+
+def test_images_are_held_where_they_fit(monkeypatch):
+    # The meta device stands for an accelerator: what is on it has no bytes, but shape and device.
+    split, device = split_of(50), torch.device("meta")
+    monkeypatch.setattr(data, "free_memory", lambda device: split.images.numel() / 0.4 - 10)
+    assert not data.Batches(split, 8, device).hold() and not split.held
+    monkeypatch.setattr(data, "free_memory", lambda device: split.images.numel() / 0.4 + 10)
+    images, aspect, labels, index = next(data.Batches(split, 8, device).batches(0))
+    assert images.device == labels.device == device and aspect.device.type == index.device.type == "cpu"
+    assert images.shape == (8, 3, 2, 2) and split.held[device].shape == split.images.shape
+
+
+def test_labelled_is_a_view_and_refuses_a_wrong_order():
+    split = split_of(6)
+    with pytest.raises(ValueError):
+        data.labelled(split)
+    split.labels = torch.tensor([2, 0, 1, -1, -1, -1])
+    part = data.labelled(split)
+    assert len(part) == 3 and part.labels.tolist() == [2, 0, 1] and part.paths == ["0", "1", "2"]
+    assert part.images.data_ptr() == split.images.data_ptr()
