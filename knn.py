@@ -1,0 +1,303 @@
+"""Weighted k-nearest-neighbour classification on frozen features: function, monitor and command.
+
+    python knn.py --checkpoint runs/simsiam-toy-.../last.pt --neighbours grid.png
+
+How good are features without labels? Keep the network fixed, let the k training images nearest to a
+validation image vote on its class, and count how often they are right. No training, no knobs to tune.
+
+Source      Wu et al. 2018, arXiv 1805.01978, section 3.4: k 200, cosine similarity s, votes exp(s / 0.1).
+Features    the backbone's pooled output in eval mode (never the projector, unless --projector asks for it),
+            of one plain central crop an image; bank = labelled training images.
+"""
+
+import argparse
+import importlib
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+import augment
+import common
+import data
+
+# ------------------------------------------------------------------------------------------------
+# The classifier
+# ------------------------------------------------------------------------------------------------
+
+
+def nearest(queries, bank, k):
+    """The k most similar rows of the bank for every query, by cosine.
+
+    queries  (Q, C) float.  bank (M, C) float.  Rows need not have unit length.
+    returns  similarities (Q, k) in [-1, 1] and bank row numbers (Q, k), nearest first.
+    memory   one chunk of similarities, 256 x M, whatever Q is.
+    raises   ValueError where k exceeds the bank.
+    """
+    if k > len(bank):
+        raise ValueError(f"k = {k} neighbours from a bank of {len(bank)}")
+    queries, bank = F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1)
+    chunk, groups = 256, len(bank) // 16
+    buffer = torch.empty(min(chunk, len(queries)), len(bank), device=bank.device)
+    similarities, rows = [], []
+    for part in queries.split(chunk):
+        s = torch.mm(part, bank.T, out=buffer[: len(part)])               # (n, M)
+        if groups <= 2 * k:
+            best, row = s.topk(k)
+        else:
+            # A full top-k costs as much as the product. But deal the bank into groups of 16: an entry of the
+            # k best can only stand in one of the k groups with the largest maxima, so search 16 k entries.
+            grouped = s[:, : 16 * groups].unflatten(1, (16, groups))      # (n, 16, G), group g: column g
+            top = grouped.amax(dim=1).topk(k, sorted=False).indices       # (n, k)
+            inside = grouped.gather(2, top[:, None].expand(-1, 16, -1))   # (n, 16, k)
+            where = top[:, None] + groups * torch.arange(16, device=s.device)[:, None]
+            rest = torch.arange(16 * groups, len(bank), device=s.device).expand(len(s), -1)
+            best, place = torch.cat([inside.flatten(1), s[:, 16 * groups :]], dim=1).topk(k)
+            row = torch.cat([where.flatten(1), rest], dim=1).gather(1, place)
+        similarities.append(best)
+        rows.append(row)
+    return torch.cat(similarities), torch.cat(rows)
+
+
+def knn_predict(queries, bank, bank_labels, num_classes, k=200, temperature=0.1):
+    """Class scores by weighted vote: every neighbour adds exp(similarity / temperature) to its class.
+
+    queries      (Q, C) float.  bank (M, C) float.  bank_labels (M,) int64 in [0, num_classes).
+    k            clamped to M with a warning.
+    returns      (Q, num_classes) float, not normalised; argmax is the predicted class.
+    raises       ValueError for a label outside the classes (an unlabelled -1 cannot vote).
+    Source       Wu et al. 2018, section 3.4.
+    """
+    if len(bank) == 0 or int(bank_labels.min()) < 0 or int(bank_labels.max()) >= num_classes:
+        raise ValueError(f"bank labels must lie in 0..{num_classes - 1} and there must be some")
+    if k > len(bank):
+        warnings.warn(f"k = {k} exceeds the bank's {len(bank)} images; k = {len(bank)} is used", stacklevel=2)
+        k = len(bank)
+    similarity, rows = nearest(queries, bank, k)                          # (Q, k)
+    votes = torch.exp(similarity / temperature)
+    scores = torch.zeros(len(queries), num_classes, device=votes.device)
+    return scores.scatter_add_(1, bank_labels.to(votes.device)[rows], votes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Features of a split
+# ------------------------------------------------------------------------------------------------
+
+
+def evaluation_view(images, aspect, size, mean, std):
+    """What every evaluation feeds the network: the central square of the original picture, normalised.
+
+    images   (N, 3, S, S) uint8, squashed.  aspect (N,) host float, original width / height.
+    returns  (N, 3, size, size) float32. Above 64 px the square keeps 7/8 of the shorter side, as in the
+             usual resize to 256 and crop of 224; small pictures are kept whole.
+    """
+    fraction = 0.875 if size > 64 else 1.0
+    return augment.normalize(augment.center_crop(images, size, aspect, fraction), mean, std)
+
+
+@torch.no_grad()
+def extract(network, split, dataset, device, autocast, batch_size=500):
+    """Features of every image of a split, in order, each exactly once.
+
+    network  maps (n, 3, S, S) to {name: (n, C)}; put into eval mode meanwhile, then left as it was.
+    returns  {name: (N, C) float32 on the device}.
+    """
+    was_training = network.training
+    network.eval()
+    parts = {}
+    loader = data.Batches(split, batch_size, device, shuffle=False, drop_last=False)
+    for images, aspect, _, _ in loader.batches(0):
+        with autocast():
+            x = evaluation_view(images, aspect, dataset.size, dataset.mean, dataset.std)
+            for name, features in network(x).items():
+                parts.setdefault(name, []).append(features.float())
+    network.train(was_training)
+    return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+class Layers(torch.nn.Module):
+    """A backbone seen as x -> {layer name: pooled features}."""
+
+    def __init__(self, backbone, names=("layer4",)):
+        super().__init__()
+        self.backbone, self.names = backbone, names
+
+    def forward(self, x):
+        return self.backbone.features(x, self.names)
+
+
+class Monitor:
+    """kNN accuracy of a backbone while it trains: `Monitor(...)(backbone) -> {"knn": 61.3, "knn_20": 62.0}`.
+
+    Percent top-1 of the query split, with k and with 20 neighbours; further layers as "knn_layer3". All None
+    where `missing` says that there are no labels to vote with or to check against.
+    """
+
+    def __init__(self, dataset, device, autocast, k=200, temperature=0.1, split="val", layers=("layer4",)):
+        self.dataset, self.device, self.autocast = dataset, device, autocast
+        self.k, self.temperature, self.layers = k, temperature, layers
+        self.bank, self.queries = data.labelled(dataset.train), getattr(dataset, split)
+        self.queries = data.labelled(self.queries) if self.queries is not None else None
+        self.missing = None
+        if self.bank is None or len(self.bank.labels) == 0:
+            self.missing = "no labelled training images"
+        elif self.queries is None or len(self.queries.labels) == 0:
+            self.missing = f"no labelled {split} images"
+
+    def __call__(self, backbone):
+        names = {layer: "knn" if layer == "layer4" else f"knn_{layer}" for layer in self.layers}
+        if self.missing:
+            return {name: None for name in names.values()}
+        network = Layers(backbone, self.layers)
+        network.train(backbone.training)
+        bank = extract(network, self.bank, self.dataset, self.device, self.autocast)
+        queries = extract(network, self.queries, self.dataset, self.device, self.autocast)
+        labels, classes = self.bank.labels.to(self.device), len(self.dataset.classes)
+        truth = self.queries.labels.to(self.device)
+        scores = {}
+        for layer, name in names.items():
+            for k in (self.k, 20) if layer == "layer4" else (self.k,):
+                predicted = knn_predict(queries[layer], bank[layer], labels, classes, min(k, len(labels)),
+                                        self.temperature).argmax(dim=1)
+                key = name if k == self.k else f"{name}_{k}"
+                scores[key] = 100.0 * (predicted == truth).sum().item() / len(truth)
+        return scores
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv):
+    parser = common.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run folder or one of its .pt files")
+    add("--data", help="other pictures than those of the run, of any form that the methods take")
+    add("--data-root", help="where a named data set lies (default: that of the run)")
+    add("--cache", help="folder for packed pictures (default: that of the run)")
+    add("--split", choices=("val", "test"), default="val", help="which images are the queries")
+    add("--k", type=common.number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
+    add("--temperature", type=common.number(float, above=0), default=0.1, help="of the votes")
+    add("--layer", choices=("layer1", "layer2", "layer3", "layer4"), default="layer4",
+        help="whose pooled output the features are")
+    add("--projector", action="store_true", help="features behind the projector instead; usually worse")
+    add("--neighbours", metavar="PNG", help="write queries beside their nearest training images")
+    add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="forward precision")
+    args = parser.parse_args(argv)
+    if args.projector and args.layer != "layer4":
+        parser.error("--projector stands behind layer4: leave --layer out")
+    return args
+
+
+def open_data(args, checkpoint, splits):
+    """The data set of a checkpoint, or the one that --data names, packed at the checkpoint's image size."""
+    saved = checkpoint["args"]
+    holdout = 0.0 if saved["knn_split"] == "test" else 0.1
+    source = data.open_source(args.data or saved["data"], args.data_root or saved["data_root"],
+                              holdout=holdout)
+    dataset = data.pack(source, checkpoint["image_size"], args.cache or saved["cache"], splits=splits,
+                        skip_unreadable=saved["skip_unreadable"])
+    return source, dataset
+
+
+def projector_network(checkpoint, device):
+    """x -> {"projector": (N, D)}, rebuilt by the method's own file."""
+    method = importlib.import_module(checkpoint["method"])
+    model = method.build_model(argparse.Namespace(**checkpoint["args"]))
+    if not hasattr(model, "projector"):
+        raise common.UsageError(f"--projector: a {checkpoint['method']} model has none")
+    model.load_state_dict(checkpoint["model"])
+
+    class Projected(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return {"projector": self.model.projector(self.model.backbone(x))}
+
+    return Projected().to(device, memory_format=torch.channels_last)
+
+
+def class_table(predicted, truth, classes):
+    """Lines of a table: class, images, top-1, and what it is most often taken for."""
+    width = min(24, max(5, *(len(name) for name in classes)))
+    lines = [f"{'class':{width}}  images   top-1  most often taken for"]
+    for number, name in enumerate(classes):
+        answers = predicted[truth == number]
+        if len(answers) == 0:
+            continue
+        wrong = answers[answers != number]
+        taken = ""
+        if len(wrong):
+            other = wrong.bincount(minlength=len(classes)).argmax().item()
+            taken = f"{classes[other]} ({(wrong == other).sum().item()})"
+        share = 100.0 * (answers == number).sum().item() / len(answers)
+        lines.append(f"{name[:width]:{width}}  {len(answers):6}  {share:5.1f} %  {taken}"[:79].rstrip())
+    return lines
+
+
+def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, columns=8):
+    """PNG: each row a query, then its nearest training images, framed green (same class) or red."""
+    pick = torch.linspace(0, len(queries.labels) - 1, min(rows, len(queries.labels))).long()
+    chosen = query_features[pick.to(query_features.device)]
+    _, near = nearest(chosen, bank_features, min(columns, len(bank.labels)))
+    scale = max(1, 96 // queries.images.shape[-1])                        # small pictures are enlarged
+    tiles = []
+    for query, row in zip(pick.tolist(), near.cpu(), strict=True):
+        for number, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row.tolist()]):
+            tile = F.interpolate(split.images[index : index + 1].float() / 255, scale_factor=scale)
+            same = bank.labels[index] == queries.labels[query] if number else None
+            colour = (0.2, 0.2, 0.2) if same is None else (0.1, 0.7, 0.2) if same else (0.85, 0.1, 0.1)
+            frame = torch.tensor(colour).view(1, 3, 1, 1)
+            side = tile.shape[-1] + 6
+            framed = frame.expand(1, 3, side, side).clone()
+            framed[:, :, 3:-3, 3:-3] = tile
+            tiles.append(framed[0])
+    save_image(make_grid(torch.stack(tiles), nrow=1 + near.shape[1], padding=2, pad_value=1.0), path)
+
+
+@common.command
+def main(argv=None):
+    args = parse_args(argv)
+    checkpoint = common.load_checkpoint(args.checkpoint)
+    device = common.pick_device(args.device)
+    autocast, _ = common.pick_precision(args.amp, device)
+    source, dataset = open_data(args, checkpoint, ("train", args.split))
+    for line in source.description:
+        print(line)
+    queries, bank = getattr(dataset, args.split), data.labelled(dataset.train)
+    queries = data.labelled(queries) if queries is not None else None
+    if queries is None or len(queries.labels) == 0 or bank is None or len(bank.labels) == 0:
+        raise common.UsageError(f"--data: kNN needs labelled training and labelled {args.split} images")
+
+    if args.projector:
+        network, name = projector_network(checkpoint, device), "projector"
+    else:
+        network, name = Layers(common.load_backbone(checkpoint, device), (args.layer,)), args.layer
+    bank_features = extract(network, bank, dataset, device, autocast)[name]
+    query_features = extract(network, queries, dataset, device, autocast)[name]
+    labels, truth = bank.labels.to(device), queries.labels.to(device)
+
+    print(f"\n{len(truth):,} {args.split} images against {len(labels):,} training images, "
+          f"{name}, {bank_features.shape[1]} features")
+    first = None
+    for k in args.k:
+        scores = knn_predict(query_features, bank_features, labels, len(dataset.classes), k, args.temperature)
+        order = scores.topk(min(5, len(dataset.classes)), dim=1).indices
+        right = order == truth[:, None]
+        top1, top5 = (100.0 * right[:, :n].any(dim=1).sum().item() / len(truth) for n in (1, 5))
+        print(f"k {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
+        first = order[:, 0] if first is None else first
+    print(f"\nk {args.k[0]}:")
+    print("\n".join(class_table(first.cpu(), truth.cpu(), dataset.classes)))
+    if args.neighbours:
+        neighbour_grid(args.neighbours, queries, bank, query_features, bank_features)
+        print(f"\nwrote {args.neighbours}: a query, then its nearest training images; green: same class")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""knn.py: the vote against loops and scikit-learn, features of every image once, honest evaluation."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import data
+import knn
+
+
+def by_loops(queries, bank, labels, classes, k, temperature):
+    """Wu et al. 2018, section 3.4, in double precision, one query at a time."""
+    scores = torch.zeros(len(queries), classes, dtype=torch.float64)
+    for i, q in enumerate(queries.double()):
+        s = torch.stack([q @ b / (q.norm() * b.norm()) for b in bank.double()])
+        for j in sorted(range(len(bank)), key=lambda j: -s[j])[:k]:
+            scores[i, labels[j]] += torch.exp(s[j] / temperature)
+    return scores
+
+
+@pytest.mark.parametrize("bank_size, k", [(50, 7), (700, 10), (703, 20)])  # by top-k alone; by groups of 16
+def test_vote_equals_the_loops(bank_size, k):
+    g = torch.Generator().manual_seed(bank_size)
+    queries, bank = torch.randn(9, 12, generator=g), 3 * torch.randn(bank_size, 12, generator=g)
+    labels = torch.randint(0, 4, (bank_size,), generator=g)
+    expected = by_loops(queries, bank, labels, 4, k, 0.1)
+    torch.testing.assert_close(knn.knn_predict(queries, bank, labels, 4, k, 0.1).double(), expected, rtol=1e-4, atol=0)
+
+
+def test_nearest_equals_a_full_sort_over_many_chunks():
+    g = torch.Generator().manual_seed(0)
+    queries, bank = torch.randn(600, 8, generator=g), torch.randn(2011, 8, generator=g)
+    similarity, rows = knn.nearest(queries, bank, 50)
+    every = F.normalize(queries) @ F.normalize(bank).T
+    expected = every.sort(dim=1, descending=True)
+    torch.testing.assert_close(similarity, expected.values[:, :50])
+    torch.testing.assert_close(every.gather(1, rows), similarity)
+    assert all(len(set(row)) == 50 for row in rows.tolist())
+
+
+def test_predictions_equal_scikit_learn():
+    neighbours = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
+    g = torch.Generator().manual_seed(1)
+    queries, bank = torch.randn(300, 16, generator=g), torch.randn(5000, 16, generator=g)
+    labels = (bank[:, 0] > 0).long() + 2 * (bank[:, 1] > 0).long()
+    theirs = neighbours.KNeighborsClassifier(200, weights=lambda d: torch.exp((1 - torch.tensor(d)) / 0.1).numpy(),
+                                             metric="cosine", algorithm="brute").fit(bank, labels)
+    ours = knn.knn_predict(queries, bank, labels, 4, 200, 0.1).argmax(dim=1)
+    assert ours.tolist() == theirs.predict(queries).tolist()
+
+
+def test_k_is_clamped_with_a_warning_and_labels_are_checked():
+    queries, bank, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 0])
+    with pytest.warns(UserWarning, match="k = 5 is used"):
+        clamped = knn.knn_predict(queries, bank, labels, 2, k=200)
+    torch.testing.assert_close(clamped, knn.knn_predict(queries, bank, labels, 2, k=5))
+    with pytest.raises(ValueError, match="labels"):  # an unlabelled image must not vote as a class
+        knn.knn_predict(queries, bank, torch.tensor([0, 1, -1, 1, 0]), 2, k=3)
+    # the class count is the caller's: one that no query or neighbour has still gets its column
+    assert knn.knn_predict(queries, bank, labels, 7, k=3).shape == (3, 7)
+
+
+def make_split(n, labels=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 8, 8), generator=g, dtype=torch.uint8)
+    labels = torch.arange(n) % 2 if labels is None else labels
+    return data.Split(images, labels, torch.ones(n), [f"{i}.png" for i in range(n)])
+
+
+def make_dataset(**changes):
+    values = dict(train=make_split(23), val=make_split(7, seed=1), test=None, classes=["a", "b"], mean=(0.5,) * 3,
+                  std=(0.25,) * 3, size=8)
+    return types.SimpleNamespace(**(values | changes))
+
+
+def no_autocast():
+    return torch.autocast("cpu", enabled=False)
+
+
+def test_every_image_counts_once_and_in_order():
+    split = make_split(23)
+    network = torch.nn.Module()
+    network.forward = lambda x: {"mean": x.mean(dim=(2, 3))}
+    features = knn.extract(network, split, make_dataset(), torch.device("cpu"), no_autocast, batch_size=10)["mean"]
+    expected = (split.images.float() / 255 - 0.5).div(0.25).mean(dim=(2, 3))
+    torch.testing.assert_close(features, expected)
+
+
+def test_monitor_leaves_the_network_as_it_was():
+    backbone = common.ResNet18(width=4)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    monitor = knn.Monitor(make_dataset(), torch.device("cpu"), no_autocast, k=5)
+    backbone.train()
+    first = monitor(backbone)
+    assert backbone.training and backbone.layer4[1].bn2.training
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert monitor(backbone) == first and set(first) == {"knn", "knn_20"}
+
+
+def test_monitor_finds_the_class_that_is_in_the_pixels():
+    def dark_or_bright(n):
+        split = make_split(n)
+        split.images = (split.images // 8 + 200 * split.labels.to(torch.uint8)[:, None, None, None]).to(torch.uint8)
+        return split
+
+    dataset = make_dataset(train=dark_or_bright(40), val=dark_or_bright(21))
+    monitor = knn.Monitor(dataset, torch.device("cpu"), no_autocast, k=5)
+    assert monitor(common.ResNet18(width=4))["knn"] == 100.0
+
+
+def test_unlabelled_images_neither_vote_nor_count():
+    train = make_split(30, torch.cat([torch.arange(20) % 2, torch.full((10,), -1)]))
+    dataset = make_dataset(train=train)
+    monitor = knn.Monitor(dataset, torch.device("cpu"), no_autocast, k=5)
+    assert len(monitor.bank) == 20 and monitor(common.ResNet18(width=4))["knn"] is not None
+    unlabelled = make_dataset(train=make_split(9, torch.full((9,), -1)))
+    monitor = knn.Monitor(unlabelled, torch.device("cpu"), no_autocast)
+    assert monitor(common.ResNet18(width=4)) == {"knn": None} and "labelled" in monitor.missing
+    assert "val" in knn.Monitor(make_dataset(val=None), torch.device("cpu"), no_autocast).missing
+
+
+def test_evaluation_view_is_the_central_square_of_the_original():
+    images = torch.arange(256 * 3, dtype=torch.float32).view(1, 3, 16, 16).mul(255 / 768).to(torch.uint8)
+    view = knn.evaluation_view(images, torch.ones(1), 16, (0.5,) * 3, (0.25,) * 3)
+    torch.testing.assert_close(view, (images.float() / 255 - 0.5) / 0.25)
+    wide = knn.evaluation_view(images, torch.tensor([2.0]), 8, (0.0,) * 3, (1.0,) * 3)
+    torch.testing.assert_close(wide, F.interpolate(images.float() / 255, size=(8, 16), mode="bilinear",
+                                                   antialias=True, align_corners=False)[..., 4:12],
+                               atol=0.02, rtol=0)
+
+
+def test_class_table_counts():
+    lines = knn.class_table(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 0, 1]), ["cat", "dog", "emu"])
+    assert lines[1].split() == ["cat", "3", "33.3", "%", "dog", "(2)"]
+    assert lines[2].split() == ["dog", "1", "100.0", "%"]
+    assert len(lines) == 3  # no emu was asked for
