@@ -1,0 +1,264 @@
+"""SimSiam: predict one view's representation from the other's, and stop the gradient.
+
+    python simsiam.py --data ./food-11          python simsiam.py          (the drawn toy set, a minute)
+
+Paper       Xinlei Chen and Kaiming He, "Exploring Simple Siamese Representation Learning", CVPR 2021,
+            arXiv 2011.10566; code facebookresearch/simsiam
+Idea        Two random views of a picture go through the same network. A small predictor on one side must
+            foretell the other side's output, which is treated as a constant. No negatives, no queue, no
+            second network: the stop-gradient alone keeps all outputs from becoming the same.
+Symbols     x1, x2  views (N, 3, S, S)        f  encoder = backbone + projection MLP
+            z  f(x) (N, 2048)                  h  prediction MLP;  p  h(z) (N, 2048)
+            D  negative cosine similarity      d  width of z
+Map         Eq. 1 -> negative_cosine() [E1] | Eq. 2 -> loss() [E2] | Eq. 3 stop-gradient ->
+            negative_cosine() [E3] | Eq. 4 -> loss() [E4] | Algorithm 1 -> main() [A1]
+            Section 3 baseline -> SimSiam [S3] | Section 4.1, std of z -> output_std() [S4.1]
+Recipe      flag            paper, ImageNet    paper, CIFAR (App. D)  here
+            --lr            0.05 x bs/256      0.03 x bs/256          photos as ImageNet, cifar as CIFAR
+            --batch-size    512                512                    photos 256 (one GPU), cifar 512
+            --weight-decay  1e-4               5e-4                   likewise
+            --epochs        100 (200, 800)     800                    photos 200, cifar 800
+            --proj-layers   3                  2                      likewise
+            --blur          0.5                0 (32-px views)        likewise
+            momentum 0.9, cosine, no warm-up, constant lr of the predictor: everywhere as in the paper
+Departures  1. The cosine falls every step, not every epoch: short runs need it, long ones do not notice.
+            2. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
+            3. BatchNorm sees one device's batch; the paper synchronises it over 8 GPUs.
+Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0.9, never quite to -1.
+            `std` is the standard deviation of z/|z| times sqrt(d): 1 for healthy outputs, 0 once all
+            images give the same z. To see that collapse: --no-stop-gradient, or --no-predictor.
+"""
+
+import functools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import augment
+import common
+import data
+import knn
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+# The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
+RECIPES = {
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=5, batch_size=64, lr=0.8, weight_decay=1e-4,
+                warmup_epochs=0.5, proj_layers=2, min_crop=0.4, blur=0.0),
+    "cifar": dict(image_size=32, stem="cifar", width=64, epochs=800, batch_size=512, lr=0.03,
+                  weight_decay=5e-4, warmup_epochs=0.0, proj_layers=2, min_crop=0.2, blur=0.0),
+    "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.05,
+                  weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5),
+    "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.05,
+                   weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5),
+}
+
+
+def parse_args(argv=None):
+    parser = common.training_parser(__doc__, RECIPES)
+    add = parser.flag
+    add("--min-crop", "smallest crop, fraction of the picture's area; too small: two crops share nothing",
+        type=common.number(float, above=0, high=1))
+    add("--blur", "chance of a Gaussian blur; not for views of 32 px", type=common.number(float, low=0, high=1))
+    add("--proj-layers", "layers of the projection MLP", type=int, choices=(2, 3))
+    add("--dim", "width d of z; narrower saves little", type=common.number(int, low=2), default=2048)
+    add("--pred-dim", "hidden width of the predictor: a bottleneck", type=common.number(int, low=1),
+        default=512)
+    add("--no-stop-gradient", "ablation: let the gradient into z; collapses", action="store_true")
+    add("--no-predictor", "ablation: h = identity; collapses", action="store_true")
+    return common.parse_training(parser, argv, "simsiam")
+
+
+# ------------------------------------------------------------------------------------------------
+# Views (Section 3, baseline settings: those of SimCLR and MoCo v2)
+# ------------------------------------------------------------------------------------------------
+
+
+def view(images, aspect, generator, args, mean, std):
+    """One random view of every image, each with its own draw.
+
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: a CPU torch.Generator.
+    returns  (N, 3, size, size) float32, normalised, channels_last.
+    """
+    x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
+                                    aspect=aspect, generator=generator)
+    x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, generator=generator)
+    x = augment.random_grayscale(x, p=0.2, generator=generator)
+    x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=args.blur, generator=generator)
+    return augment.normalize(x, mean, std)
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+class SimSiam(nn.Module):
+    """Encoder f = backbone + projection MLP, and prediction MLP h.                                [S3]
+
+    backbone     maps x to (N, backbone.dim).
+    dim          d, the width of z and p.  pred_dim: hidden width of h.  proj_layers: 2 or 3.
+    forward(x)   (N, 3, S, S) -> p (N, d), z (N, d).
+    Source       Chen & He 2020, Section 3 "Baseline settings".
+    """
+
+    def __init__(self, backbone, dim=2048, pred_dim=512, proj_layers=3, predictor=True):
+        super().__init__()
+        self.backbone = backbone
+        c = backbone.dim
+        hidden = []
+        for _ in range(proj_layers - 1):
+            hidden += [nn.Linear(c, c, bias=False), nn.BatchNorm1d(c), nn.ReLU(inplace=True)]
+        # BatchNorm on every layer, its output included; there without scale and shift (affine=False).
+        output = [nn.Linear(c, dim, bias=False), nn.BatchNorm1d(dim, affine=False)]
+        self.projector = nn.Sequential(*hidden, *output)
+        self.predictor = nn.Identity()
+        if predictor:
+            # The output layer has no BatchNorm: with one, training is unstable (Table 3).
+            self.predictor = nn.Sequential(
+                nn.Linear(dim, pred_dim, bias=False), nn.BatchNorm1d(pred_dim), nn.ReLU(inplace=True),
+                nn.Linear(pred_dim, dim),
+            )
+
+    def forward(self, x):
+        z = self.projector(self.backbone(x))      # (N, d)
+        return self.predictor(z), z
+
+
+def build_model(args):
+    # Every residual branch starts at zero: each block begins as the identity (the authors' code).
+    backbone = common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True)
+    return SimSiam(backbone, args.dim, args.pred_dim, args.proj_layers, predictor=not args.no_predictor)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+
+def negative_cosine(p, z, stop_gradient=True):
+    """D(p, z): minus the cosine between a prediction and the other view's representation.
+
+    p, z           (N, d) float, any length; row i of both comes from image i, but from different views.
+    stop_gradient  treat z as a constant. This is the paper; without it everything collapses.
+    returns        scalar in [-1, 1], the mean over N; unrelated vectors give 0.
+    Source         Chen & He 2020, Eq. 1 and 3.
+    """
+    if stop_gradient:
+        z = z.detach()                                                                          # [E3]
+    # D(p, z) = - p/|p| . z/|z|                                                                   [E1]
+    return -(F.normalize(p.float(), dim=1) * F.normalize(z.float(), dim=1)).sum(dim=1).mean()
+
+
+def symmetric_loss(p1, z1, p2, z2, stop_gradient=True):
+    """Each view predicts the other; chance is 0.  Source: Chen & He 2020, Eq. 2 and 4."""
+    # L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2                                  [E2] [E4]
+    return 0.5 * negative_cosine(p1, z2, stop_gradient) + 0.5 * negative_cosine(p2, z1, stop_gradient)
+
+
+@torch.no_grad()
+def output_std(z):
+    """How far from collapse: std of z/|z| over the batch, mean over channels, times sqrt(d).    [S4.1]
+
+    z        (N, d).
+    returns  scalar: 1 for directions spread evenly over the sphere, 0 when all rows are the same.
+    Source   Chen & He 2020, Section 4.1 and Fig. 2 (there without the factor: 1/sqrt(d) and 0).
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------
+# Training (Algorithm 1)
+# ------------------------------------------------------------------------------------------------
+
+
+@common.command
+def main(argv=None):
+    args, checkpoint = parse_args(argv)
+    device = common.pick_device(args.device)
+    autocast, scaler = common.pick_precision(args.amp, device)
+    common.seed_everything(args.seed)
+
+    # Data: packed once, held on the device where it fits, augmented there in whole batches.
+    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
+    common.fill_recipe(args, RECIPES[source.kind], source)
+    run = common.Run("simsiam", args, source, checkpoint)
+    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
+                        args.skip_unreadable)
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
+    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    if args.views_png:
+        images, aspect, _, _ = next(batches.batches(0))
+        views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
+        return common.save_views(args.views_png, images, views, dataset.mean, dataset.std)
+
+    # Model and optimiser.
+    model = build_model(args).to(device, memory_format=torch.channels_last)
+    lr = args.lr * args.batch_size / 256
+    encoder = [*model.backbone.parameters(), *model.projector.parameters()]
+    groups = [{"params": encoder}]
+    if not args.no_predictor:
+        # h must keep up with a moving z: its rate does not decay (Section 4.2).
+        groups.append({"params": model.predictor.parameters(), "fix_lr": True})
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay)
+    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
+    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
+    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps)
+
+    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
+    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    run.start(total_steps, len(batches), device, lr, chance="0 (unrelated unit vectors)")
+    if monitor.missing:
+        run.say(f"note    no kNN: {monitor.missing}")
+    if step == 0 and args.knn_every:
+        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **monitor(model.backbone))
+    if args.compile:
+        model.compile()
+
+    while step < total_steps:                                                                   # [A1]
+        epoch = step // len(batches)
+        model.train()
+        losses, stds = common.AverageMeter(), common.AverageMeter()
+        progress = run.progress(epoch, step)
+        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
+            lr = schedule.step(step)
+            common.reseed(generator, args.seed, step)
+            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)
+            with autocast():
+                # The views are forwarded one after the other: each has its own BatchNorm statistics.
+                p1, z1 = model(x1)                                     # (N, d)
+                p2, z2 = model(x2)
+            loss = symmetric_loss(p1, z1, p2, z2, stop_gradient=not args.no_stop_gradient)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            step += 1
+            losses.update(loss, len(images))
+            stds.update(output_std(z1), len(images))
+            progress.update(step, loss=losses, std=stds, lr=lr)
+            if step == total_steps:
+                break
+        progress.close()
+
+        finished = epoch + 1
+        last = step == total_steps
+        due = args.knn_every and (last or finished % args.knn_every == 0)
+        scores = monitor(model.backbone) if due else {"knn": None}
+        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
+                std=stds.avg, **scores)
+        if stds.avg < 0.1:
+            run.say("  collapsed: every image gives the same output. Keep stop-gradient and predictor;\n"
+                    "  if they are there, lower --lr, raise --batch-size or --warmup-epochs.")
+        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
