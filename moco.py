@@ -1,0 +1,395 @@
+"""MoCo: find a picture's other view among thousands of keys that a slowly moving encoder made.
+
+    python moco.py --data ./food-11             python moco.py             (the drawn toy set)
+
+Paper       Kaiming He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020,
+            arXiv 1911.05722 (v1); Xinlei Chen et al., "Improved Baselines with Momentum Contrastive
+            Learning", arXiv 2003.04297 (v2, the default here); code facebookresearch/moco
+Idea        One view of a picture is the query, the other its key. The query must be closer to its own key
+            than to the keys of earlier batches, kept in a queue, so a small batch meets many negatives. They
+            stay comparable because the key encoder is a moving average of the query encoder.
+Symbols     x1, x2  views (N, 3, S, S)        f_q, f_k  query and key encoder = backbone + projection head
+            q  f_q(x1) (N, C) unit rows        k  f_k(x2) (N, C) unit rows, no gradient
+            queue  (K, C) unit rows            T  temperature        m  momentum of f_k
+Map         Eq. 1 -> info_nce() [E1] | Eq. 2 -> ema_update() [E2] | Algorithm 1 -> main() [A1]
+            Section 3.2, the queue -> MoCo.enqueue() [S3.2] | Section 3.3, shuffling BN -> SplitBatchNorm,
+            MoCo.forward() [S3.3] | v2, the MLP head -> MoCo [V2]
+Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook   here
+            --lr                0.03 x bs/256            0.03 x bs/256             photos, cifar: the same
+            --batch-size        256                      512                       likewise
+            --weight-decay      1e-4                     5e-4                      likewise
+            --epochs            200                      200                       likewise
+            --queue-size        65536                    4096                      photos 4096, see 2.
+            --momentum-encoder  0.999                    0.99                      photos 0.99, see 2.
+            --temperature       0.07 / 0.2               0.1                       photos as v2, cifar 0.1
+            --head              linear / mlp             linear                    likewise
+            --min-crop          0.2                      0.08                      likewise
+            --blur              0 / 0.5                  0                         likewise
+            --bn-splits         8 GPUs                   8                         8, fewer in small batches
+            momentum 0.9, no warm-up, 128-d keys; v1 steps, v2 and notebook cosine; --v1 takes v1's
+Departures  1. The cosine falls every step, not every epoch: short runs need it, long ones do not notice.
+            2. A folder of photos has thousands of pictures, not a million. A queue longer than that holds old
+               keys of the query's own picture, and with 10,000 pictures m = 0.999 averages over 25 epochs.
+            3. Eight GPUs are played by --bn-splits groups of one device's batch, as in the notebook.
+            4. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
+Health      The loss starts low (the queue is noise), climbs towards log(1 + K) as real keys fill it, then
+            falls. `accuracy` is the share of queries whose own key scores highest, 1/(1 + K)
+            by chance, 0 once all keys are the same. To see what holds it up: --no-shuffle-bn,
+            --momentum-encoder 0.
+"""
+
+import copy
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import augment
+import common
+import data
+import knn
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+# The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
+RECIPES = {
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.24, weight_decay=1e-4,
+                warmup_epochs=0.6, queue_size=256, momentum_encoder=0.99, temperature=0.2, head="mlp",
+                min_crop=0.4, blur=0.0),
+    "cifar": dict(image_size=32, stem="cifar", width=64, epochs=200, batch_size=512, lr=0.03,
+                  weight_decay=5e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
+                  temperature=0.1, head="linear", min_crop=0.08, blur=0.0),
+    "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.03,
+                  weight_decay=1e-4, warmup_epochs=0.0, queue_size=65536, momentum_encoder=0.999,
+                  temperature=0.2, head="mlp", min_crop=0.2, blur=0.5),
+    "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.03,
+                   weight_decay=1e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
+                   temperature=0.2, head="mlp", min_crop=0.2, blur=0.5),
+}
+# What --v1 takes instead, whatever the data.
+V1 = dict(temperature=0.07, head="linear", blur=0.0)
+
+
+def parse_args(argv=None):
+    parser = common.training_parser(__doc__, RECIPES)
+    add = parser.flag
+    add("--min-crop", "smallest crop, fraction of the picture's area; too small: two crops share nothing",
+        type=common.number(float, above=0, high=1))
+    add("--blur", "chance of a Gaussian blur; not at 32 px", type=common.number(float, low=0, high=1))
+    add("--queue-size", "K, keys of earlier batches that serve as negatives; more than the training images: "
+        "stale keys of the query's own picture are among them", type=common.number(int, low=1))
+    add("--momentum-encoder", "m, what the key encoder keeps of itself each step; ablation: 0, it is the "
+        "query encoder; too low: the queue's keys disagree, too high: it learns too late",
+        type=common.number(float, low=0, high=1))
+    add("--temperature", "T of the softmax; too low: only the hardest negatives count",
+        type=common.number(float, above=0))
+    add("--head", "projection head: one linear layer (v1) or two (v2)", choices=("linear", "mlp"))
+    add("--dim", "C, width of queries and keys", type=common.number(int, low=2), default=128)
+    add("--bn-splits", "groups of a batch, each with its own BatchNorm statistics as on a GPU of its own "
+        "(default: 8, fewer where a group would have less than 4 images)", type=common.number(int, low=1))
+    add("--symmetric", "both views are queries, twice the work a step", action="store_true")
+    add("--v1", "the first paper: linear head, T 0.07, its views, lr / 10 at 60 and 80 %% of the run",
+        action="store_true")
+    add("--no-shuffle-bn", "ablation: query and key share a BatchNorm group, which gives the answer away",
+        action="store_true")
+    args, checkpoint = common.parse_training(parser, argv, "moco")
+    for name, value in V1.items():
+        if args.v1 and getattr(args, name) is None:
+            setattr(args, name, value)
+    return args, checkpoint
+
+
+def bn_groups(splits, batch_size):
+    """Into how many groups BatchNorm splits a batch; None: 8, fewer where one would have less than 4 images.
+
+    raises  UsageError for groups of less than 2 images: they would be normalised by themselves.
+    """
+    if splits is None:
+        return max(1, min(8, batch_size // 4))
+    if splits > 1 and batch_size < 2 * splits:
+        raise common.UsageError(f"--bn-splits {splits}: groups of less than 2 images at --batch-size "
+                                f"{batch_size}; take at most {batch_size // 2}")
+    return splits
+
+
+# ------------------------------------------------------------------------------------------------
+# Views (v1: Section 3.3 "Technical details"; v2: those of SimCLR with a weaker jitter)
+# ------------------------------------------------------------------------------------------------
+
+
+def view(images, aspect, generator, args, mean, std):
+    """One random view of every image, each with its own draw.
+
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: a CPU torch.Generator.
+    returns  (N, 3, size, size) float32, normalised, channels_last.
+    """
+    x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
+                                    aspect=aspect, generator=generator)
+    if args.v1:
+        x = augment.random_grayscale(x, p=0.2, generator=generator)
+        x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.4, p=1.0, generator=generator)
+    else:
+        x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, generator=generator)
+        x = augment.random_grayscale(x, p=0.2, generator=generator)
+    x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=args.blur, generator=generator)
+    return augment.normalize(x, mean, std)
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that sees a batch as several GPUs would: each group has its own mean and variance.  [S3.3]
+
+    splits   number of groups of consecutive rows; their sizes differ by one at most.
+    In eval mode, and in its parameters, buffers and their names, it is a BatchNorm2d.
+    raises   ValueError for a training batch of fewer rows than groups.
+    """
+
+    def __init__(self, num_features, splits):
+        super().__init__(num_features)
+        self.splits = splits
+
+    def forward(self, x):
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        if len(x) < self.splits:
+            raise ValueError(f"{len(x)} images cannot be split into {self.splits} BatchNorm groups")
+        # Every group moves its own copy of the running statistics; what is kept is the mean of the copies.
+        means = self.running_mean.repeat(self.splits, 1)           # (splits, C)
+        variances = self.running_var.repeat(self.splits, 1)
+        groups = [
+            F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for group, mean, variance in zip(x.tensor_split(self.splits), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(dim=0))
+        self.running_var.copy_(variances.mean(dim=0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(groups)
+
+
+def split_batch_norm(module, splits):
+    """Replace every BatchNorm2d inside by a SplitBatchNorm with the same weights and statistics; in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            split = SplitBatchNorm(child.num_features, splits)
+            split.load_state_dict(child.state_dict())
+            setattr(module, name, split)
+        else:
+            split_batch_norm(child, splits)
+    return module
+
+
+class MoCo(nn.Module):
+    """Query encoder f_q = backbone + projection head, key encoder f_k of the same shape, and the queue.
+
+    backbone    maps x to (N, backbone.dim); its BatchNorm2d are replaced by SplitBatchNorm.
+    dim         C, the width of q and k.  queue_size: K.  head: "mlp" or "linear".  bn_splits: groups.
+    forward(x_q, x_k, order)   (N, 3, S, S) twice -> q (N, C), k (N, C), unit rows; k without gradient.
+                order (N,) int64 on the host, a permutation: the rows of x_k as the key encoder meets them;
+                None: as they are. Row i of q and k comes from image i in either case.
+    Source      He et al. 2019, Section 3.2 and 3.3; Chen et al. 2020 for the head.
+    """
+
+    def __init__(self, backbone, dim=128, queue_size=65536, head="mlp", bn_splits=8):
+        super().__init__()
+        self.backbone = split_batch_norm(backbone, bn_splits)
+        c = backbone.dim
+        hidden = [nn.Linear(c, c), nn.ReLU(inplace=True)] if head == "mlp" else []              # [V2]
+        self.projector = nn.Sequential(*hidden, nn.Linear(c, dim))
+        # f_k starts as a copy of f_q and never sees a gradient. Its BatchNorm buffers remain its own.
+        self.key_encoder = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(False)
+        # Buffers are saved with the weights: a resumed run goes on with the keys it had.
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))         # (K, C)
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # the oldest key: replaced next
+
+    def query_parameters(self):
+        """Those of f_q, in the order of key_encoder.parameters()."""
+        return [*self.backbone.parameters(), *self.projector.parameters()]
+
+    def forward(self, x_q, x_k, order=None):
+        q = F.normalize(self.projector(self.backbone(x_q)).float(), dim=1)            # (N, C)
+        with torch.no_grad():
+            # A group's statistics leave a trace in each of its rows. Were q and k of an image in groups of
+            # the same images, that trace would give the key away. So the keys are dealt anew.    [S3.3]
+            if order is not None:
+                x_k = x_k[order.to(x_k.device, non_blocking=True)]
+            k = F.normalize(self.key_encoder(x_k).float(), dim=1)                     # (N, C)
+            if order is not None:
+                k = k[order.argsort().to(k.device, non_blocking=True)]                # back to x_q's order
+        return q, k
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Write keys (N, C) over the oldest ones, from the end on to the beginning; any N.      [S3.2]
+
+        Of a batch longer than the queue only the last K keys remain.
+        """
+        keys = keys[-len(self.queue):]
+        rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue.index_copy_(0, rows, keys)
+        self.pointer.copy_((self.pointer + len(keys)) % len(self.queue))
+
+
+def build_model(args):
+    backbone = common.ResNet18(stem=args.stem, width=args.width)
+    return MoCo(backbone, args.dim, args.queue_size, args.head, args.bn_splits)
+
+
+@torch.no_grad()
+def ema_update(key_parameters, query_parameters, m):
+    """Move the key encoder a little towards the query encoder, in place; parameters only, no buffers.
+
+    key_parameters, query_parameters   iterables of tensors of the same shapes, in the same order.
+    m         in [0, 1]: 1 leaves the keys' as they are, 0 makes them equal to the queries'.
+    Source    He et al. 2019, Eq. 2.
+    """
+    # theta_k <- m theta_k + (1 - m) theta_q = theta_k + (1 - m) (theta_q - theta_k)                [E2]
+    torch._foreach_lerp_(list(key_parameters), list(query_parameters), 1 - m)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+
+def info_nce(q, k, queue, temperature):
+    """MoCo's contrastive loss: pick out each query's own key among all keys of the queue.
+
+    q, k         (N, C) float, unit rows; row i of both comes from image i; k carries no gradient.
+    queue        (K, C) float, unit rows: the keys of earlier batches, no gradient.
+    temperature  T > 0.
+    returns      scalar, the mean over N; chance is log(1 + K).
+    Source       He et al. 2019, Eq. 1.
+    """
+    # L_q = -log( exp(q.k+ / T) / sum_{i=0..K} exp(q.k_i / T) )                                    [E1]
+    l_pos = (q * k).sum(dim=1, keepdim=True)                    # (N, 1)
+    l_neg = q @ queue.T                                         # (N, K)
+    logits = torch.cat([l_pos, l_neg], dim=1) / temperature     # (N, 1+K)
+    # The positive stands in column 0, so the "class" of every row is 0. All zeros is right.
+    return F.cross_entropy(logits.float(), torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+@torch.no_grad()
+def contrastive_accuracy(q, k, queue):
+    """Share of queries that are closer to their own key than to any of the queue; chance is 1/(1 + K).
+
+    q, k     (N, C) unit rows.  queue (K, C) unit rows.
+    returns  scalar in [0, 1]. A tie is a miss: where all keys are the same, nothing has been found.
+    """
+    return ((q * k).sum(dim=1) > (q @ queue.T).amax(dim=1)).float().mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# Training (Algorithm 1)
+# ------------------------------------------------------------------------------------------------
+
+
+@common.command
+def main(argv=None):
+    args, checkpoint = parse_args(argv)
+    device = common.pick_device(args.device)
+    autocast, scaler = common.pick_precision(args.amp, device)
+    common.seed_everything(args.seed)
+
+    # Data: packed once, held on the device where it fits, augmented there in whole batches.
+    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
+    common.fill_recipe(args, RECIPES[source.kind], source)
+    args.bn_splits = bn_groups(args.bn_splits, args.batch_size)
+    run = common.Run("moco", args, source, checkpoint)
+    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
+                        args.skip_unreadable)
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
+    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    if args.views_png:
+        images, aspect, _, _ = next(batches.batches(0))
+        views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
+        return common.save_views(args.views_png, images, views, dataset.mean, dataset.std)
+
+    # Model and optimiser.
+    model = build_model(args).to(device, memory_format=torch.channels_last)
+    lr = args.lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(model.query_parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
+    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
+    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
+    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps,
+                                  kind="steps" if args.v1 else "cosine",
+                                  milestones=(0.6 * total_steps, 0.8 * total_steps))  # 120, 160 of 200 epochs
+
+    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
+    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    chance = math.log(1 + args.queue_size)
+    run.start(total_steps, len(batches), device, lr, chance=f"log(1 + K) = {chance:.2f}")
+    if monitor.missing:
+        run.say(f"note    no kNN: {monitor.missing}")
+    directions = 2 if args.symmetric else 1
+    if args.queue_size > directions * len(dataset.train):
+        run.say(f"note    --queue-size {args.queue_size}: {len(dataset.train)} images make fewer keys an "
+                "epoch:\n        old keys of the query's own picture count as negatives; take less")
+    if step == 0 and args.knn_every:
+        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **monitor(model.backbone))
+    if args.compile:
+        model.compile()
+
+    while step < total_steps:                                                                   # [A1]
+        epoch = step // len(batches)
+        model.train()
+        losses, accuracies = common.AverageMeter(), common.AverageMeter()
+        progress = run.progress(epoch, step)
+        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
+            lr = schedule.step(step)
+            common.reseed(generator, args.seed, step)
+            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)
+            # How the keys are dealt to the BatchNorm groups: drawn for this step, like its views.
+            order1, order2 = (torch.randperm(len(x1), generator=generator) for _ in range(2))
+            if args.no_shuffle_bn:
+                order1 = order2 = None
+            # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder.
+            ema_update(model.key_encoder.parameters(), model.query_parameters(), args.momentum_encoder)
+            with autocast():
+                q1, k2 = model(x1, x2, order2)                        # (N, C)
+                if args.symmetric:
+                    q2, k1 = model(x2, x1, order1)
+            loss = info_nce(q1, k2, model.queue, args.temperature)
+            if args.symmetric:
+                # Both halves meet the queue as it was: k2 in it would be a negative for q2, its own picture.
+                # Their sum, not their mean: the notebook's learning rate is meant for it.
+                loss = loss + info_nce(q2, k1, model.queue, args.temperature)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            step += 1
+            losses.update(loss / directions, len(images))              # a query's: chance stays log(1 + K)
+            accuracies.update(contrastive_accuracy(q1, k2, model.queue), len(images))
+            # Last of all: keys that were in the queue already would be their own queries' negatives.
+            model.enqueue(torch.cat([k1, k2]) if args.symmetric else k2)
+            progress.update(step, loss=losses, accuracy=accuracies, lr=lr)
+            if step == total_steps:
+                break
+        progress.close()
+
+        finished = epoch + 1
+        last = step == total_steps
+        due = args.knn_every and (last or finished % args.knn_every == 0)
+        scores = monitor(model.backbone) if due else {"knn": None}
+        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
+                accuracy=accuracies.avg, **scores)
+        if losses.avg > 0.98 * chance:
+            run.say("  at chance: the queries do not find their keys. If it stays so, lower --lr,\n"
+                    "  or raise --warmup-epochs, --momentum-encoder or --min-crop.")
+        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
