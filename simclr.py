@@ -1,0 +1,357 @@
+"""SimCLR: tell which two views are of the same picture, among all the views of a batch.
+
+    python simclr.py --data ./food-11           python simclr.py           (the drawn toy set)
+
+Paper       Ting Chen, Simon Kornblith, Mohammad Norouzi and Geoffrey Hinton, "A Simple Framework for
+            Contrastive Learning of Visual Representations", ICML 2020, arXiv 2002.05709; code
+            google-research/simclr. LARS: You, Gitman and Ginsburg 2017, arXiv 1708.03888
+Idea        Two random views of each of N pictures make 2N outputs. Each output must be closer to its
+            partner than to the 2(N - 1) others, which serve as negatives: no memory, no second network.
+            Strong colour changes and a small head behind the features make this useful work.
+Symbols     x1, x2  views (N, 3, S, S)         f  backbone;  h = f(x), the feature that is kept
+            z  g(h) (N, D)                     g  projection head;  D  its width
+            sim(u, v)  cosine of u and v       T  temperature (tau in the paper)
+Map         Eq. 1 -> nt_xent() [E1] | Algorithm 1 -> main() [A1] | Section 2.1 f and g -> SimCLR [S2.1]
+            Appendix A -> view() [A] | Section 2.2 and B.1, learning rate -> scaled_lr() [B.1]
+            LARS Algorithm 1, as in the authors' code -> LARS.step() [L1]
+Recipe      flag               paper, ImageNet    paper, CIFAR (B.9)  here
+            --optimizer        lars               lars                photos lars, cifar sgd: departure 1
+            --lr               0.3 x bs/256       0.5, 1 or 1.5       photos 1.2 x sqrt(bs/256), the rule for
+                                                                      small batches; cifar 0.03 x bs/256
+            --batch-size       4096               256 to 4096         photos 256 (one GPU), cifar 512
+            --weight-decay     1e-6               1e-6                photos 1e-6, cifar 5e-4
+            --epochs           100 (to 1000)      1000                photos 200, cifar 500
+            --temperature      0.1                0.5                 likewise
+            --min-crop         0.08               0.08                photos 0.08, cifar 0.2: departure 1
+            --jitter-strength  1                  0.5                 likewise
+            --blur             0.5                0 (32-px views)     likewise
+            momentum 0.9, 10 epochs of warm-up, cosine per step, D = 128: everywhere as in the paper
+Departures  1. `cifar` takes the recipe of a public one-file implementation, which reports 90.3 % kNN for 500
+               epochs of ResNet-18: SGD, crops from 0.2, grey 0.1, hidden layer of 1024. LARS exists to
+               keep batches of thousands stable; 512 do without, and 1000 epochs are too long for most.
+               The authors' own command for ResNet-18: --optimizer lars --lr 1 --weight-decay 1e-4
+               --epochs 1000 --min-crop 0.08 --grey 0.2 --hidden-dim 512.
+            2. The output of g has BatchNorm without shift, as in the authors' code (the paper is silent); the
+               code's scale is left out too, as SimSiam does.
+            3. Views are normalised by mean and standard deviation; the authors' code leaves them in [0, 1].
+            4. `toy` takes a higher lr and larger crops: see the table below.
+            5. Negatives and BatchNorm see one device's batch; the paper's see that of all its TPU cores.
+Health      The loss starts near chance, log(2N - 1), and falls; how far depends on N and T: only compare runs
+            of the same two. `acc` is the share of the 2N outputs that find their partner, 1/(2N - 1) by
+            chance. A loss that stays at chance: no output finds its partner.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import augment
+import common
+import data
+import knn
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+# The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
+RECIPES = {
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=4, batch_size=64, lr=0.8, weight_decay=1e-4,
+                warmup_epochs=0.4, proj_layers=2, min_crop=0.4, blur=0.0, grey=0.2, jitter_strength=0.5,
+                temperature=0.5, hidden_dim=128, optimizer="sgd", lr_scaling="linear"),
+    "cifar": dict(image_size=32, stem="cifar", width=64, epochs=500, batch_size=512, lr=0.03,
+                  weight_decay=5e-4, warmup_epochs=10.0, proj_layers=2, min_crop=0.2, blur=0.0, grey=0.1,
+                  jitter_strength=0.5, temperature=0.5, hidden_dim=1024, optimizer="sgd",
+                  lr_scaling="linear"),
+    "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=200, batch_size=256, lr=1.2,
+                  weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.5, grey=0.2,
+                  jitter_strength=1.0, temperature=0.1, hidden_dim=512, optimizer="lars",
+                  lr_scaling="sqrt"),
+    "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=1.2,
+                   weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.5, grey=0.2,
+                   jitter_strength=1.0, temperature=0.1, hidden_dim=512, optimizer="lars",
+                   lr_scaling="sqrt"),
+}
+
+
+def parse_args(argv=None):
+    parser = common.training_parser(__doc__, RECIPES)
+    add = parser.flag
+    add("--min-crop", "smallest crop, fraction of the picture's area; too small: two crops share nothing",
+        type=common.number(float, above=0, high=1))
+    add("--blur", "chance of a Gaussian blur; not for views of 32 px",
+        type=common.number(float, low=0, high=1))
+    add("--grey", "chance of a view without colour", type=common.number(float, low=0, high=1))
+    add("--jitter-strength", "s of the colour jitter; too weak: colours alone tell the pictures apart",
+        type=common.number(float, low=0, high=2.5))
+    add("--temperature", "T of the loss; too low: only the hardest negatives count, too high: all alike",
+        type=common.number(float, above=0))
+    add("--proj-layers", "layers of the projection head", type=int, choices=(2, 3))
+    add("--hidden-dim", "width of its hidden layers", type=common.number(int, low=1))
+    add("--dim", "width D of z; little depends on it", type=common.number(int, low=2), default=128)
+    add("--optimizer", "lars is for batches of thousands, and wants another --lr and --weight-decay",
+        choices=("sgd", "lars"))
+    add("--lr-scaling", "linear: the rate is lr x batch/256; sqrt: lr x sqrt(batch/256), for small batches "
+        "and few epochs, where --lr 1.2 is the paper's 0.075 x sqrt(batch)", choices=("linear", "sqrt"))
+    add("--no-projector", "ablation: z = h, the loss falls on the features themselves", action="store_true")
+    add("--no-color-jitter", "ablation: views keep their colours, but for --grey", action="store_true")
+    args, checkpoint = common.parse_training(parser, argv, "simclr")
+    if checkpoint and args.optimizer != checkpoint["args"]["optimizer"]:
+        parser.error(f"--optimizer: the run to resume has {checkpoint['args']['optimizer']}, "
+                     "which cannot change")
+    return args, checkpoint
+
+
+# ------------------------------------------------------------------------------------------------
+# Views (Appendix A)
+# ------------------------------------------------------------------------------------------------
+
+
+def view(images, aspect, generator, args, mean, std):
+    """One random view of every image, each with its own draw.                                      [A]
+
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: a CPU torch.Generator.
+    returns  (N, 3, size, size) float32, normalised, channels_last.
+    """
+    s, size = args.jitter_strength, args.image_size
+    x = augment.random_resized_crop(images, size, scale=(args.min_crop, 1.0), flip=0.5, aspect=aspect,
+                                    interpolation="bicubic", generator=generator)
+    # With p = 0 the jitter still takes its draws: the ablation's crops are those of the full recipe.
+    p = 0.0 if args.no_color_jitter else 0.8
+    x = augment.color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=p, generator=generator)
+    x = augment.random_grayscale(x, p=args.grey, generator=generator)
+    # The kernel spans a tenth of the side, rounded to an odd number of pixels as in the authors' code.
+    x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=args.blur, kernel_size=2 * (size // 20) + 1,
+                              generator=generator)
+    return augment.normalize(x, mean, std)
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+class SimCLR(nn.Module):
+    """Encoder f = backbone, and projection head g, which is thrown away after training.          [S2.1]
+
+    backbone     maps x to h (N, backbone.dim).
+    dim          D, the width of z.  hidden_dim: that of g's hidden layers.  proj_layers: 2 or 3.
+    forward(x)   (N, 3, S, S) -> z (N, D); without projector z = h.
+    Source       Chen et al. 2020, Section 2.1 (2 layers) and the authors' code; 3 layers: their SimCLRv2.
+    """
+
+    def __init__(self, backbone, dim=128, hidden_dim=512, proj_layers=2, projector=True):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Identity()
+        if projector:
+            c, hidden = backbone.dim, []
+            for _ in range(proj_layers - 1):
+                hidden += [nn.Linear(c, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim),
+                           nn.ReLU(inplace=True)]
+                c = hidden_dim
+            # The output's BatchNorm has no shift: z stays centred, so outputs cannot all point one way.
+            output = [nn.Linear(c, dim, bias=False), nn.BatchNorm1d(dim, affine=False)]
+            self.projector = nn.Sequential(*hidden, *output)
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))   # (N, D)
+
+
+def build_model(args):
+    # Every residual branch starts at zero: each block begins as the identity (the authors' code).
+    backbone = common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True)
+    return SimCLR(backbone, args.dim, args.hidden_dim, args.proj_layers, projector=not args.no_projector)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+
+def similarities(z1, z2):
+    """sim(z_i, z_j) for all pairs of the 2N outputs; -inf on the diagonal, for none is its own negative.
+
+    z1, z2   (N, D) float, any length; row i of both comes from image i, but from different views.
+    returns  (2N, 2N) float32: rows and columns 0..N-1 are z1, N..2N-1 are z2, so i and i+N are partners;
+             and partner (2N,) int64, the column of each row's partner.
+    memory   4 N^2 numbers: one product of matrices, never a tensor of N x N x D.
+    raises   ValueError where the shapes differ.
+    """
+    if z1.shape != z2.shape:
+        raise ValueError(f"z1 and z2 must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    # float32 even inside autocast: bf16 keeps 8 bits, and differences of 0.01 / T decide between negatives.
+    with torch.autocast(z1.device.type, enabled=False):
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                # (2N, D)
+        s = (z @ z.T).fill_diagonal_(-math.inf)                            # (2N, 2N)
+    return s, torch.arange(len(z), device=z.device).roll(len(z1))
+
+
+def nt_xent(z1, z2, temperature):
+    """Normalised, temperature-scaled cross-entropy: pick out each output's partner among all others.
+
+    z1, z2       (N, D) float, any length; row i of both comes from image i, but from different views.
+    temperature  T > 0.
+    returns      scalar, the mean over the 2N rows; chance (all outputs alike) is log(2N - 1).
+    raises       ValueError where the shapes differ.
+    Source       Chen et al. 2020, Eq. 1 and Algorithm 1 (whose pairs are rows 2k-1 and 2k: the same sum).
+    """
+    s, partner = similarities(z1, z2)
+    # l(i, j) = -log( exp(s_ij / T) / sum_{k != i} exp(s_ik / T) ),  j = partner of i;  exp(-inf) = 0   [E1]
+    return F.cross_entropy(s / temperature, partner)
+
+
+@torch.no_grad()
+def contrastive_accuracy(z1, z2):
+    """The share of the 2N outputs whose partner is the most similar of all others; chance 1/(2N - 1).
+
+    z1, z2   as for nt_xent.
+    returns  scalar in [0, 1].
+    """
+    s, partner = similarities(z1, z2)
+    return (s.argmax(dim=1) == partner).float().mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# Training (Algorithm 1)
+# ------------------------------------------------------------------------------------------------
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step on each weight matrix is in proportion to that matrix's norm.
+
+    lr             already scaled to the batch size.
+    weight_decay   added to the gradient before the norms are taken.  eta: the trust coefficient.
+    Parameters of one dimension (biases, BatchNorm) take plain momentum steps: no decay, no adaptation.
+    raises         ValueError for a negative lr, momentum, weight_decay or eta.
+    Source         You et al. 2017, Algorithm 1, in the form of the authors' code of SimCLR.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
+        if min(lr, momentum, weight_decay, eta) < 0:
+            raise ValueError("lr, momentum, weight_decay and eta must not be negative, got "
+                             f"{lr}, {momentum}, {weight_decay}, {eta}")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g, ratio = w.grad, 1.0
+                if w.ndim > 1:
+                    # g = dL/dw + wd w;  ratio = eta |w| / |g|                                        [L1]
+                    g = g + group["weight_decay"] * w
+                    w_norm, g_norm = w.norm(), g.norm()
+                    # With ratio 0, weights that start at zero would stay there for ever.
+                    moves = (w_norm > 0) & (g_norm > 0)
+                    ratio = torch.where(moves, group["eta"] * w_norm / g_norm, 1.0)
+                # v = m v + lr ratio g;  w = w - v.  lr stands inside: v remembers earlier rates.      [L1]
+                state = self.state[w]
+                if "velocity" not in state:
+                    state["velocity"] = torch.zeros_like(w)
+                state["velocity"].mul_(group["momentum"]).add_(g * (group["lr"] * ratio))
+                w.sub_(state["velocity"])
+        return loss
+
+
+def scaled_lr(lr, batch_size, scaling):
+    """The rate for a batch from the rate for 256 images; both rules agree there.                  [B.1]
+
+    Source  Chen et al. 2020: linear, 0.3 batch/256 (Section 2.2); sqrt, 0.075 sqrt(batch), which is
+            1.2 sqrt(batch/256) (Appendix B.1).
+    """
+    return lr * (batch_size / 256 if scaling == "linear" else math.sqrt(batch_size / 256))
+
+
+@common.command
+def main(argv=None):
+    args, checkpoint = parse_args(argv)
+    device = common.pick_device(args.device)
+    autocast, scaler = common.pick_precision(args.amp, device)
+    common.seed_everything(args.seed)
+
+    # Data: packed once, held on the device where it fits, augmented there in whole batches.
+    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
+    common.fill_recipe(args, RECIPES[source.kind], source)
+    run = common.Run("simclr", args, source, checkpoint)
+    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
+                        args.skip_unreadable)
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
+    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    if args.views_png:
+        images, aspect, _, _ = next(batches.batches(0))
+        views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
+        return common.save_views(args.views_png, images, views, dataset.mean, dataset.std)
+
+    # Model and optimiser.
+    model = build_model(args).to(device, memory_format=torch.channels_last)
+    lr = scaled_lr(args.lr, args.batch_size, args.lr_scaling)
+    kind = LARS if args.optimizer == "lars" else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
+    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
+    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
+    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps)
+
+    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
+    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    chance = math.log(2 * args.batch_size - 1)
+    run.start(total_steps, len(batches), device, lr, chance=f"log(2N - 1) = {chance:.2f} (all outputs alike)")
+    if monitor.missing:
+        run.say(f"note    no kNN: {monitor.missing}")
+    if step == 0 and args.knn_every:
+        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **monitor(model.backbone))
+    if args.compile:
+        model.compile()
+
+    while step < total_steps:                                                                   # [A1]
+        epoch = step // len(batches)
+        model.train()
+        losses, accuracies = common.AverageMeter(), common.AverageMeter()
+        progress = run.progress(epoch, step)
+        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
+            lr = schedule.step(step)
+            common.reseed(generator, args.seed, step)
+            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)
+            with autocast():
+                # Both views in one forward: BatchNorm's statistics are those of all 2N.
+                z1, z2 = model(torch.cat([x1, x2])).chunk(2)           # 2 x (N, D)
+            loss = nt_xent(z1, z2, args.temperature)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            step += 1
+            losses.update(loss, len(images))
+            accuracies.update(contrastive_accuracy(z1, z2), len(images))
+            progress.update(step, loss=losses, acc=accuracies, lr=lr)
+            if step == total_steps:
+                break
+        progress.close()
+
+        finished = epoch + 1
+        last = step == total_steps
+        due = args.knn_every and (last or finished % args.knn_every == 0)
+        scores = monitor(model.backbone) if due else {"knn": None}
+        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
+                acc=accuracies.avg, **scores)
+        if losses.avg > chance - 0.01:
+            run.say("  at chance: no output finds its partner. Lower --lr, raise --warmup-epochs,\n"
+                    "  or, if --min-crop is small, raise it.")
+        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
