@@ -1,0 +1,340 @@
+"""RotNet: turn a picture by 0, 90, 180 or 270 degrees, and say by how much it was turned.
+
+    python rotnet.py --data ./food-11          python rotnet.py          (the drawn toy set)
+
+Paper       Spyros Gidaris, Praveer Singh and Nikos Komodakis, "Unsupervised Representation Learning by
+            Predicting Image Rotations", ICLR 2018, arXiv 1803.07728; code gidariss/FeatureLearningRotNet
+Idea        Whoever can tell how a picture was turned must know what stands upright in it: the objects and
+            their parts. So a plain classifier of four rotations learns features without a label. A quarter
+            turn moves pixels and interpolates none: it leaves no trace but the content.
+Symbols     x   upright views (N, 3, S, S)     y   rotation class, K = 4: turned by 90 y degrees
+            x4  all rotations (4N, 3, S, S)    y4  their classes (4N,)
+            g(x | y)  x turned counter-clockwise by y quarter turns;   F  backbone + linear head
+Map         Section 3.1, g(x | y) -> rotation_batch() [S3.1] | Eq. 1 -> main(), the logits of F [E1]
+            Eq. 2 -> main(), the mean over images [E2] | Eq. 3 -> focal_loss() [E3]
+            Section 4.1, schedule and all four rotations in a batch -> main() [S4.1]
+Recipe      flag            paper, CIFAR       authors' ImageNet      here
+            --lr            0.1 at batch 128   0.1 (0.01 first)       0.2 per 256 images: the same
+            --batch-size    128 (512 inputs)   192                    128
+            --weight-decay  5e-4               5e-4                   5e-4
+            --epochs        100 (code: 200)    50                     cifar 200, photos 100
+            --schedule      / 5 after 30, 60,  / 10 after 30, 60,     steps: as CIFAR
+                            80 % of the run    90 % of the run
+            --crop          pad                resized                cifar pad, photos resized
+            momentum 0.9 with Nesterov, flip before the rotation: everywhere as in the paper
+Departures  1. A ResNet-18 with one linear head; the paper trains Network-in-Network and AlexNet.
+            2. `toy` takes smaller batches, a cosine and a warm-up: see the table below.
+            3. Crops of photos keep at least 0.2 of the area (the authors': 0.08), so that what shows
+               which way is up stays in sight.
+            4. The focal loss is no part of the paper (Lin et al. 2017, arXiv 1708.02002, Eq. 5 [F5]): an
+               option for data where most pictures are easy.
+Health      The loss starts at log 4 = 1.386 and falls; `rotation` (training views) and `val_rotation`
+            (plain views) are percent of rotations named rightly, from 25. Not every picture has an upright:
+            a disc looks the same from all sides. The last layers serve the rotations; in the paper (Table 1)
+            block 2 of 4 tells classes apart best: hence kNN of layer2, layer3 and layer4. To see a task that
+            cannot be solved: --flip-after-rotation, where 90 and 270 degrees merge.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import augment
+import common
+import data
+import knn
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+# The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images (not inputs).
+RECIPES = {
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=3, batch_size=32, lr=0.8, weight_decay=5e-4,
+                warmup_epochs=0.3, schedule="cosine", crop="pad", min_crop=0.4),
+    "cifar": dict(image_size=32, stem="cifar", width=64, epochs=200, batch_size=128, lr=0.2,
+                  weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="pad", min_crop=0.2),
+    "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=100, batch_size=128, lr=0.2,
+                  weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2),
+    "photos": dict(image_size=128, stem="imagenet", width=64, epochs=100, batch_size=128, lr=0.2,
+                   weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2),
+}
+
+
+def parse_args(argv=None):
+    parser = common.training_parser(__doc__, RECIPES)
+    add = parser.flag
+    add("--schedule", "of the learning rate after warm-up; steps: a fifth at 30, 60 and 80 %% of the run",
+        choices=("steps", "cosine"))
+    add("--crop", "pad: shift by up to an eighth of the side (4 px at 32), black edges; resized: a random "
+        "part, enlarged", choices=("pad", "resized"))
+    add("--min-crop", "of --crop resized: smallest crop, fraction of the picture's area; too small: nothing "
+        "in it shows which way is up", type=common.number(float, above=0, high=1))
+    add("--one-rotation", "turn each image once, at random, instead of in all four ways: a quarter of the "
+        "work and of the signal", action="store_true")
+    add("--focal-gamma", "of the focal loss: how much less an easy input counts; 0: plain cross-entropy",
+        type=common.number(float, low=0), default=0.0)
+    add("--focal-alpha", "of the focal loss: a factor of the whole loss", type=common.number(float, above=0),
+        default=1.0)
+    add("--stop-at-accuracy", "end after the epoch whose validation rotation accuracy reaches this",
+        metavar="PERCENT", type=common.number(float, above=0, high=100))
+    add("--flip-after-rotation", "ablation: mirror after the rotation, not before; 90 and 270 degrees merge",
+        action="store_true")
+    args, checkpoint = common.parse_training(parser, argv, "rotnet")
+    if args.stop_at_accuracy and args.knn_split == "test":
+        parser.error("--stop-at-accuracy: the test split must not choose when to stop; leave --knn-split out")
+    return args, checkpoint
+
+
+# ------------------------------------------------------------------------------------------------
+# Views (Section 4.1: pad and crop, flip; everything that is random happens before the rotation)
+# ------------------------------------------------------------------------------------------------
+
+
+def view(images, aspect, generator, args, mean, std):
+    """One random upright view of every image, each with its own draw.
+
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: a CPU torch.Generator.
+    returns  (N, 3, size, size) float32, normalised, channels_last.
+    """
+    flip = 0.0 if args.flip_after_rotation else 0.5
+    if args.crop == "resized":
+        x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=flip,
+                                        aspect=aspect, generator=generator)
+    else:
+        x = augment.center_crop(images, args.image_size, aspect)
+        x = augment.random_crop(x, padding=args.image_size // 8, generator=generator)
+        x = augment.random_horizontal_flip(x, flip, generator=generator)
+    return augment.normalize(x, mean, std)
+
+
+def rotation_batch(x):
+    """All four rotations of every image, and which is which.                                    [S3.1]
+
+    x        (N, 3, S, S), square.
+    returns  x4 (4N, 3, S, S), channels_last: row k*N + i is image i turned counter-clockwise by k quarter
+             turns, pixels moved, none changed; y4 (4N,) int64, the k of each row.
+    raises   ValueError for images that are not square.
+    Source   Gidaris et al. 2018, Section 3.1; their code turns by transposing and flipping: the same.
+    """
+    if x.shape[2] != x.shape[3]:
+        raise ValueError(f"images must be square, got {x.shape[2]}x{x.shape[3]} (height x width)")
+    # The plane that turns is (height, width), dimensions 2 and 3; from 2 to 3 is counter-clockwise.
+    x4 = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])                     # (4N, 3, S, S)
+    y4 = torch.arange(4, device=x.device).repeat_interleave(len(x))            # (4N,)
+    return x4.contiguous(memory_format=torch.channels_last), y4
+
+
+def turn(x, generator, args):
+    """What the network is asked: rotation_batch(x), or one random rotation an image, or the ablation.
+
+    returns  inputs (4N, 3, S, S) and classes (4N,); N of both with --one-rotation.
+    """
+    if args.one_rotation:
+        y = torch.randint(0, 4, (len(x),), generator=generator)                # (N,)
+        x4, y4 = augment.rotate(x, y), y.to(x.device)
+    else:
+        x4, y4 = rotation_batch(x)                                             # (4N, 3, S, S), (4N,)
+    if args.flip_after_rotation:
+        # A picture turned by 90 degrees, then mirrored, is the mirrored picture turned by 270: the same
+        # input now bears both classes. Before the rotation a mirrored picture is just another picture.
+        x4 = augment.random_horizontal_flip(x4, generator=generator)
+    return x4.contiguous(memory_format=torch.channels_last), y4
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+class RotNet(nn.Module):
+    """F: a backbone and one linear layer that names the rotation.
+
+    backbone     maps x to (N, backbone.dim).
+    forward(x)   (N, 3, S, S) -> logits (N, 4); their softmax is F^y(x), the probability of rotation y.
+    Source       Gidaris et al. 2018, Section 3.1.
+    """
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.dim, 4)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))                                     # (N, 4)
+
+
+def build_model(args):
+    return RotNet(common.ResNet18(stem=args.stem, width=args.width))
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+
+def focal_loss(logits, y, gamma=0.0, alpha=1.0):
+    """Cross-entropy over the rotations, or with gamma > 0 the focal loss.
+
+    logits   (M, 4) float, the outputs of F before softmax.  y (M,) int64 in 0..3, the true rotations.
+    gamma    0: the paper's cross-entropy (times alpha). Above: inputs already known count less.
+    alpha    a factor; the same for all rotations, as none is rarer than another.
+    returns  float32 scalar, the mean over M; chance (zero logits) is alpha * (3/4)^gamma * log 4.
+    Source   Gidaris et al. 2018, Eq. 3; Lin et al. 2017, Eq. 5.
+    """
+    # p_t is the probability of the true rotation: F^y(g(x | y)).
+    log_p = F.log_softmax(logits.float(), dim=1).gather(1, y[:, None]).squeeze(1)          # (M,)
+    if gamma == 0:
+        # loss(X) = - 1/K sum_y log F^y( g(X | y) )                                               [E3]
+        return -alpha * log_p.mean()
+    # FL = - alpha (1 - p_t)^gamma log p_t                                                        [F5]
+    # expm1 keeps 1 - p_t exact near 0, the clamp keeps its power differentiable at 0.
+    wrong = (-torch.expm1(log_p)).clamp(min=1e-12)
+    return -(alpha * wrong**gamma * log_p).mean()
+
+
+@torch.no_grad()
+def percent_right(logits, y):
+    """Share of rotations named rightly, percent, a scalar on the device; chance is 25."""
+    return 100.0 * (logits.argmax(dim=1) == y).float().mean()
+
+
+@torch.no_grad()
+def rotation_accuracy(model, split, dataset, device, autocast, batch_size=125):
+    """Percent of rotations named rightly: every image of a split, plain view, eval mode, all four turns.
+
+    split    data.Split; its labels are not needed. The model is left in the mode it came in.
+    returns  100 * right / (4 * images), a float; chance is 25.
+    """
+    was_training = model.training
+    model.eval()
+    right, total = 0, 0
+    loader = data.Batches(split, batch_size, device, shuffle=False, drop_last=False)
+    for images, aspect, _, _ in loader.batches(0):
+        x = knn.evaluation_view(images, aspect, dataset.size, dataset.mean, dataset.std)
+        x4, y4 = rotation_batch(x)                                             # (4n, 3, S, S), (4n,)
+        with autocast():
+            logits = model(x4)                                                 # (4n, 4)
+        # Counts, not a mean of batch means: the last batch may be short.
+        right, total = right + (logits.argmax(dim=1) == y4).sum(), total + len(y4)
+    model.train(was_training)
+    return 100.0 * int(right) / total
+
+
+# ------------------------------------------------------------------------------------------------
+# Training (Section 4.1)
+# ------------------------------------------------------------------------------------------------
+
+
+@common.command
+def main(argv=None):
+    args, checkpoint = parse_args(argv)
+    device = common.pick_device(args.device)
+    autocast, scaler = common.pick_precision(args.amp, device)
+    common.seed_everything(args.seed)
+
+    # Data: packed once, held on the device where it fits, augmented there in whole batches.
+    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
+    common.fill_recipe(args, RECIPES[source.kind], source)
+    if args.stop_at_accuracy and source.splits["val"] is None:
+        raise common.UsageError("--stop-at-accuracy: this data has no validation images; leave it out")
+    run = common.Run("rotnet", args, source, checkpoint)
+    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
+                        args.skip_unreadable)
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    one_crop = functools.partial(view, args=args, mean=dataset.mean, std=dataset.std)
+    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    if args.views_png:
+        images, aspect, _, _ = next(batches.batches(0))
+        x4, _ = turn(one_crop(images, aspect, common.reseed(generator, args.seed, 0)), generator, args)
+        return common.save_views(args.views_png, images, x4.split(len(images)), dataset.mean, dataset.std)
+
+    # Model and optimiser.
+    model = build_model(args).to(device, memory_format=torch.channels_last)
+    lr = args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
+                                nesterov=True)
+    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
+    # Epochs 60, 120 and 160 of 200, and the same shares of any run.                            [S4.1]
+    milestones = [round(share * total_steps) for share in (0.3, 0.6, 0.8)]
+    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
+    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps,
+                                  kind=args.schedule, milestones=milestones, factor=0.2)
+
+    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split,
+                          layers=("layer2", "layer3", "layer4"))
+    held_out = getattr(dataset, args.knn_split)  # None where the data has no such split
+
+    def turned_right():
+        """{"val_rotation": percent}, of images not trained on; empty where there are none."""
+        if held_out is None:
+            return {}
+        return {"val_rotation": rotation_accuracy(model, held_out, dataset, device, autocast)}
+
+    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    chance = args.focal_alpha * 0.75**args.focal_gamma * math.log(4)
+    formula = "log(4)" if (args.focal_gamma, args.focal_alpha) == (0, 1) else "alpha (3/4)^gamma log(4)"
+    run.start(total_steps, len(batches), device, lr, chance=f"{formula} = {chance:.4g} (25 % of rotations right)")
+    if monitor.missing:
+        run.say(f"note    no kNN: {monitor.missing}")
+    if step == 0 and args.knn_every:
+        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **turned_right(),
+                **monitor(model.backbone))
+    if args.compile:
+        model.compile()
+
+    while step < total_steps:
+        epoch = step // len(batches)
+        model.train()
+        losses, rotations = common.AverageMeter(), common.AverageMeter()
+        progress = run.progress(epoch, step)
+        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
+            lr = schedule.step(step)
+            common.reseed(generator, args.seed, step)
+            x = one_crop(images, aspect, generator)                    # (N, 3, S, S)
+            # All four rotations of an image in one batch: better than four images once each.    [S4.1]
+            x4, y4 = turn(x, generator, args)                          # (4N, 3, S, S), (4N,)
+            with autocast():
+                logits = model(x4)                                     # (4N, 4)                   [E1]
+            # min over theta of 1/N sum_i loss(X_i): every image and every rotation weighs the same. [E2]
+            loss = focal_loss(logits, y4, args.focal_gamma, args.focal_alpha)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            step += 1
+            losses.update(loss, len(images))
+            rotations.update(percent_right(logits, y4), len(images))
+            progress.update(step, loss=losses, rotation=rotations, lr=lr)
+            if step == total_steps:
+                break
+        progress.close()
+
+        finished = epoch + 1
+        last = step == total_steps
+        due = args.knn_every and (last or finished % args.knn_every == 0)
+        held = turned_right() if due or args.stop_at_accuracy else {}
+        stop = not last and args.stop_at_accuracy and held["val_rotation"] >= args.stop_at_accuracy
+        if stop:
+            last, due = True, args.knn_every
+        scores = monitor(model.backbone) if due else {"knn": None}
+        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
+                rotation=rotations.avg, **held, **scores)
+        if rotations.avg < 26:
+            run.say("  at chance: no rotation is recognised. Lower --lr or raise --warmup-epochs; or these\n"
+                    "  pictures look alike from all sides.")
+        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+        if stop:
+            run.say(f"stopped {held['val_rotation']:.2f} % of validation rotations are right: "
+                    f"--stop-at-accuracy {args.stop_at_accuracy:g}")
+            break
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
