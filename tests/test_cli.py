@@ -1,0 +1,193 @@
+"""Whole journeys, as subprocesses from another folder, on real picture files."""
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+CIFAR = ROOT.parent / "shared" / "cifar-10-batches-py"
+TINY = ["--width", "4", "--epochs", "2", "--batch-size", "8", "--image-size", "32", "--stem", "cifar",
+        "--dim", "32", "--pred-dim", "8", "--amp", "off", "--knn-k", "5"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("simsiam.py", flags...) in an empty folder, its own cache; returns the finished process."""
+    environment = dict(os.environ, XDG_CACHE_HOME=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
+
+    def start(script, *flags, code=0, wait=True):
+        script = script if Path(script).is_absolute() else ROOT / script
+        command = [sys.executable, str(script), *map(str, flags)]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, out + err
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    return start
+
+
+def draw(path, label, rng):
+    """A photo-like JPEG of its own size: class 0 shows an ellipse, class 1 a cross, on a random ground."""
+    size = rng.randint(40, 90), rng.randint(40, 90)
+    image = Image.new("RGB", size, tuple(rng.randint(0, 120) for _ in range(3)))
+    pen, ink = ImageDraw.Draw(image), tuple(rng.randint(150, 255) for _ in range(3))
+    w, h = size
+    if label == 0:
+        pen.ellipse([w * 0.2, h * 0.2, w * 0.8, h * 0.8], fill=ink)
+    else:
+        pen.line([0, 0, w, h], fill=ink, width=8)
+        pen.line([0, h, w, 0], fill=ink, width=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=92)
+
+
+@pytest.fixture
+def food(tmp_path):
+    """A folder of the shape of food-11 as published in 2021."""
+    rng, root = random.Random(0), tmp_path / "food-11"
+    for split, count in (("training/labeled", 12), ("validation", 5), ("testing", 3)):
+        for label in (0, 1):
+            for i in range(count):
+                draw(root / split / f"{label:02}" / f"{label}_{i}.jpg", label, rng)
+    for i in range(10):
+        draw(root / "training/unlabeled/00" / f"{i}.jpg", i % 2, rng)
+    return root
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_then_knn_from_another_folder(run, food, tmp_path):
+    out = run("simsiam.py", "--data", "food-11", "--out", "run", *TINY).stdout
+    assert max(map(len, out.splitlines())) <= 80
+    assert "24 labelled" in out and "10 unlabelled" in out and "10 labelled" in out  # training, validation
+    rows = metrics(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [0, 4, 8]  # 34 images in batches of 8: unlabelled ones train too
+    checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert checkpoint["classes"] == ["00", "01"] and checkpoint["method"] == "simsiam"
+
+    report = run("knn.py", "--checkpoint", "run/last.pt", "--k", "5", "3", "--amp", "off", "--neighbours",
+                 "grid.png").stdout
+    assert max(map(len, report.splitlines())) <= 80
+    assert f"top-1 {rows[-1]['knn']:6.2f} %" in report  # the command and the monitor agree
+    assert "10 val images against 24 training images" in report
+    assert Image.open(tmp_path / "grid.png").width > 500
+    out = run("knn.py", "--checkpoint", "run", "--projector", "--split", "test", "--k", "3").stdout
+    assert "6 test images" in out and "32 features" in out
+
+
+def test_killed_and_resumed_equals_never_killed(run, food, tmp_path):
+    flags = ["--data", food, *TINY, "--epochs", "3"]
+    run("simsiam.py", *flags, "--out", "whole")
+    process = run("simsiam.py", *flags, "--out", "killed", wait=False)
+    deadline = time.time() + 90
+    while not (tmp_path / "killed/last.pt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run("simsiam.py", "--resume", "killed")
+    whole, resumed = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
+    assert whole["step"] == resumed["step"] == 12
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    for one, two in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "killed"), strict=True):
+        for key in ("epoch", "step", "loss", "lr", "knn", "std"):
+            assert one.get(key) == two.get(key)
+
+
+def test_a_copied_method_runs(run, tmp_path):
+    """Fork one file: copy it beside the others under another name, or elsewhere with them on the path."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "simsiam.py").rename(tmp_path / "mine.py")
+    out = run(tmp_path / "mine.py", "--max-steps", "2", "--out", "run", "--knn-every", "0").stdout
+    assert "epoch 1/1" in out and (tmp_path / "run/last.pt").exists()
+
+
+def test_views_picture(run, tmp_path):
+    run("simsiam.py", "--views-png", "views.png")
+    assert Image.open(tmp_path / "views.png").size == (4 + 3 * 100, 4 + 8 * 100)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_loose_pictures_train_without_knn(run, tmp_path):
+    for i in range(9):
+        draw(tmp_path / "loose" / f"{i}.jpg", i % 2, random.Random(i))
+    out = run("simsiam.py", "--data", "loose", "--out", "run", *TINY).stdout
+    assert "no kNN" in out
+    assert [row["knn"] for row in metrics(tmp_path / "run")] == [None] * 3
+
+
+def wrong_uses(tmp_path):
+    """name -> (script, flags, what the line must name)"""
+    (tmp_path / "empty").mkdir()
+    for i in range(6):
+        draw(tmp_path / "few" / f"{i}.jpg", 0, random.Random(i))
+    shutil.copytree(tmp_path / "few", tmp_path / "dirty")
+    (tmp_path / "dirty/text.jpg").write_text("this is no picture")
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "held/run").mkdir(parents=True)
+    (tmp_path / "held/run/args.json").write_text("{}")
+    return {
+        "missing folder": ("simsiam.py", ["--data", "./nowhere"], ["--data", "nowhere"]),
+        "unknown name": ("simsiam.py", ["--data", "cifar11"], ["cifar11", "cifar10"]),
+        "not downloaded": ("simsiam.py", ["--data", "cifar10"], ["--download"]),
+        "empty folder": ("simsiam.py", ["--data", "empty"], ["empty"]),
+        "batch too large": ("simsiam.py", ["--data", "few", "--batch-size", "7"], ["--batch-size", "6"]),
+        "text as jpg": ("simsiam.py", ["--data", "dirty", "--batch-size", "4"], ["text.jpg", "--skip-unreadable"]),
+        "unknown value": ("simsiam.py", ["--stem", "vgg"], ["--stem"]),
+        "unknown flag": ("simsiam.py", ["--learning-rate", "1"], ["--learning-rate"]),
+        "no number": ("simsiam.py", ["--epochs", "many"], ["--epochs"]),
+        "zero epochs": ("simsiam.py", ["--epochs", "0"], ["--epochs", "at least 1"]),
+        "no such device": ("simsiam.py", ["--device", "cuda:99"], ["--device"]),
+        "unreadable checkpoint": ("simsiam.py", ["--resume", "broken.pt"], ["broken.pt"]),
+        "checkpoint not there": ("simsiam.py", ["--resume", "nowhere"], ["nowhere"]),
+        "run folder taken": ("simsiam.py", ["--out", "held/run"], ["--out", "--resume"]),
+        "knn of nothing": ("knn.py", ["--checkpoint", "broken.pt"], ["broken.pt"]),
+        "knn without checkpoint": ("knn.py", [], ["--checkpoint"]),
+    }
+
+
+def test_wrong_uses_end_in_one_clear_line(tmp_path, monkeypatch, capsys):
+    cases = wrong_uses(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, (script, flags, words) in cases.items():
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags])
+        err = capsys.readouterr().err.replace("\r", "\n")
+        assert end.value.code == 2, (name, err)
+        assert len(err.strip().splitlines()) == 1, (name, err)
+        assert all(word in err for word in words), (name, err)
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_a_wrong_use_as_users_see_it(run):
+    done = run("simsiam.py", "--data", "./nowhere", code=2)
+    assert done.stderr.startswith("simsiam.py: error: --data ./nowhere") and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not CIFAR.exists(), reason="real CIFAR-10 is not in ../shared")
+def test_a_few_steps_on_real_cifar10(run, tmp_path):
+    out = run("simsiam.py", "--data", "cifar10", "--data-root", CIFAR.parent, "--width", "8", "--batch-size", "64",
+              "--max-steps", "3", "--knn-every", "0", "--out", "run").stdout
+    assert "45,000" in out and "5,000" in out
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
