@@ -32,13 +32,13 @@ def nearest(queries, bank, k):
 
     queries  (Q, C) float.  bank (M, C) float.  Rows need not have unit length.
     returns  similarities (Q, k) in [-1, 1] and bank row numbers (Q, k), nearest first.
-    memory   one chunk of similarities, 256 x M, whatever Q is.
+    memory   one chunk of similarities, 128 x M, whatever Q is.
     raises   ValueError where k exceeds the bank.
     """
     if k > len(bank):
         raise ValueError(f"k = {k} neighbours from a bank of {len(bank)}")
     queries, bank = F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1)
-    chunk, groups = 256, len(bank) // 16
+    chunk, groups = 128, len(bank) // 16
     buffer = torch.empty(min(chunk, len(queries)), len(bank), device=bank.device)
     similarities, rows = [], []
     for part in queries.split(chunk):

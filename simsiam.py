@@ -26,7 +26,8 @@ Departures  1. The cosine falls every step, not every epoch: short runs need it,
             3. BatchNorm sees one device's batch; the paper synchronises it over 8 GPUs.
 Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0.9, never quite to -1.
             `std` is the standard deviation of z/|z| times sqrt(d): 1 for healthy outputs, 0 once all
-            images give the same z. To see that collapse: --no-stop-gradient, or --no-predictor.
+            images give the same z. To see that collapse: --no-stop-gradient, or --no-predictor. On `toy`
+            with --no-stop-gradient --epochs 3, loss -0.94, std 0.34, kNN 33.5 % (recipe: -0.74, 0.99, 73 %).
 """
 
 import functools
@@ -253,8 +254,8 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
                 std=stds.avg, **scores)
-        if stds.avg < 0.1:
-            run.say("  collapsed: every image gives the same output. Keep stop-gradient and predictor;\n"
+        if stds.avg < 0.5:
+            run.say("  collapsing: all images give nearly the same output. Keep stop-gradient and predictor;\n"
                     "  if they are there, lower --lr, raise --batch-size or --warmup-epochs.")
         run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
     run.finish()
