@@ -17,6 +17,7 @@ A recipe is a function of a batch and reads like the sentence in the paper:
         return normalize(x, mean, std)
 """
 
+import functools
 import math
 
 import torch
@@ -71,13 +72,34 @@ def _per_image(values, n, name):
     return values
 
 
+class Share(torch.Generator):
+    """A generator for process `rank` of `world`, each of which holds an equal part of every batch.
+
+    What draw() takes from it is this process's part of the draws for the whole batch. So, from one seed, the
+    parts together are what one process would have drawn.
+    """
+
+    rank, world = 0, 1
+
+    def of(self, rank, world):
+        self.rank, self.world = rank, world
+        return self
+
+
+def draw(random, shape, generator, dim=0, **kind):
+    """random(shape, generator=generator, **kind), for example of torch.rand; images lie along `dim`."""
+    rank, n = getattr(generator, "rank", 0), shape[dim]
+    shape = [*shape[:dim], n * getattr(generator, "world", 1), *shape[dim + 1:]]
+    return random(shape, generator=generator, **kind).narrow(dim, rank * n, n)
+
+
 def _uniform(n, low, high, generator):
-    return torch.empty(n).uniform_(low, high, generator=generator)
+    return draw(lambda shape, generator: torch.empty(shape).uniform_(low, high, generator=generator), (n,), generator)
 
 
 def _heads(n, p, generator):
     """Toss a coin for each image: the host indices (M,) of those that said yes."""
-    return (torch.rand(n, generator=generator) < p).nonzero().flatten()
+    return (draw(torch.rand, (n,), generator) < p).nonzero().flatten()
 
 
 def _chunks(n, images, start=0):
@@ -125,7 +147,7 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
     full_h = (side / root).round().clamp(min=1)
 
     # Ten tries at an area and a shape; the first that fits inside the image is taken.
-    tries = torch.rand(2, n, 10, generator=generator, dtype=torch.float64)
+    tries = draw(torch.rand, (2, n, 10), generator, dim=1, dtype=torch.float64)
     area = full_w * full_h * (scale[0] + (scale[1] - scale[0]) * tries[0])                          # (n, 10)
     shape = (math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * tries[1]).exp()
     w, h = (area * shape).sqrt().round(), (area / shape).sqrt().round()
@@ -137,7 +159,7 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
     first = (fits.cumsum(1) == 0).sum(1, keepdim=True)          # 0-9: the first that fits; 10: none did
     w, h = w.gather(1, first), h.gather(1, first)                                                   # (n, 1)
 
-    place = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
+    place = draw(torch.rand, (2, n, 1), generator, dim=1, dtype=torch.float64)
     top = torch.where(first < 10, (place[0] * (full_h - h + 1)).floor(), ((full_h - h) / 2).floor())
     left = torch.where(first < 10, (place[1] * (full_w - w + 1)).floor(), ((full_w - w) / 2).floor())
     squash_y, squash_x = side / full_h, side / full_w
@@ -249,7 +271,7 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), f
     _check_square(images)
     n, side = len(images), images.shape[2]
     boxes = crop_boxes(n, side, scale, ratio, aspect, generator)
-    flips = torch.rand(n, generator=generator) < flip if flip > 0 else None
+    flips = draw(torch.rand, (n,), generator) < flip if flip > 0 else None
     return resized_crop(images, boxes, size, flips, interpolation)
 
 
@@ -284,7 +306,7 @@ def random_horizontal_flip(x, p=0.5, generator=None):
 def random_crop(x, padding=4, generator=None):
     """torchvision's RandomCrop(side, padding): shift each image by up to `padding` pixels, filling with 0."""
     _check(x)
-    top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), generator=generator)
+    top, left = draw(functools.partial(torch.randint, 0, 2 * padding + 1), (2, len(x)), generator, dim=1)
     # All shifted images exist as views of the padded ones; pick one each.
     padded = F.pad(_copy(x), (padding, padding, padding, padding))
     shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)           # (N, 3, 2p+1, 2p+1, H, W)
@@ -400,10 +422,10 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
         raise ValueError("brightness, contrast and saturation must be >= 0, and hue within [0, 0.5], got "
                          f"{brightness}, {contrast}, {saturation}, {hue}")
     n = len(x)
-    applies = torch.rand(n, generator=generator) < p
+    applies = draw(torch.rand, (n,), generator) < p
     ranges = [(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)] + [(-hue, hue)]
     factors = torch.stack([_uniform(n, *r, generator) for r in ranges], dim=1)              # (N, 4)
-    order = torch.rand(n, 4, generator=generator).argsort(dim=1)       # (N, 4): what comes first, second, ...
+    order = draw(torch.rand, (n, 4), generator).argsort(dim=1)       # (N, 4): what comes first, second, ...
 
     # Images whose hue comes at the same step go together, sorted: their other steps are blends, each its own.
     hue_step = (order == 3).int().argmax(dim=1).masked_fill(~applies, 4)                 # (N,); 4: left alone

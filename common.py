@@ -17,13 +17,16 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torchvision.utils import make_grid, save_image
 
@@ -154,6 +157,14 @@ class AverageMeter:
     def avg(self):
         return float(self.sum) / self.count if self.count else float("nan")
 
+    def mean(self):
+        """`avg` over the images of all processes; every one of them must ask."""
+        if not dist.is_initialized():
+            return self.avg
+        both = torch.stack([torch.as_tensor(self.sum), torch.as_tensor(self.count, device=self.sum.device)]).double()
+        dist.all_reduce(both)
+        return (both[0] / both[1]).item()
+
 
 class LRScheduler:
     """Sets the learning rate from the step number alone, so a resumed run needs no state.
@@ -261,6 +272,8 @@ def _cpu_multiplies_bf16():
 # ------------------------------------------------------------------------------------------------
 
 
+NEWEST = "newest"  # --resume without a folder
+
 # What --data understands besides folders.
 NAMED_DATA = ("toy", "cifar10", "cifar100", "stl10", "imagenette", "food101")
 
@@ -269,21 +282,56 @@ class UsageError(Exception):
     """Something the user can mend: one line that names the flag or file and the fix."""
 
 
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came, and what the run had reached is saved."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.code = 128 + number  # what shells expect of a process that a signal ended
+
+
+def is_main():
+    """Whether this process is the one that prints and writes: the only one, or torchrun's process 0."""
+    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
+
+
+def complain(message, code):
+    if is_main():
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
 def command(main):
-    """Turns a UsageError of main() into that one line on stderr and exit code 2."""
+    """Turns what main() may raise for the user to read into one line on stderr and an exit code."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        name = Path(sys.argv[0]).name
         try:
             return main(argv)
         except UsageError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            sys.exit(2)
+            complain(f"{name}: error: {error}", 2)
+        except Interrupted as error:
+            complain(f"\n{error}", error.code)
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+            complain("\ninterrupted", 130)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            batch = f" at --batch-size {Run.current.args.batch_size}" if Run.current else ""
+            complain(f"{name}: error: out of memory{batch}; lower it, or --image-size or --width; --stem "
+                     "imagenet and, on a GPU, --amp bf16 need less too", 2)
+        finally:
+            if Run.current:
+                Run.current.close()
 
     return wrapped
+
+
+def out_of_memory(error):
+    """Whether torch (on a GPU or on the host) or Python could not get the memory it asked for."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -313,7 +361,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, help=meaning, **kind)
 
     def error(self, message):  # argparse prints the whole usage first
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        complain(f"{self.prog}: error: {message}", 2)
 
 
 def number(kind, low=None, high=None, above=None):
@@ -334,6 +382,13 @@ def number(kind, low=None, high=None, above=None):
         return value
 
     return parse
+
+
+def save_interval(text):
+    """An argparse type: "3" epochs -> 3; "10min" stays what it is."""
+    minutes = text.endswith("min")
+    value = number(float if minutes else int, **({"above": 0} if minutes else {"low": 1}))(text.removesuffix("min"))
+    return text if minutes else value
 
 
 def training_parser(doc, recipes):
@@ -361,9 +416,10 @@ def training_parser(doc, recipes):
     add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
     add("--compile", "torch.compile: a minute or more at first, faster steps after", action="store_true")
     add("--out", "folder of the run (default: runs/<method>-<data>-<time>)")
-    add("--resume", "folder or checkpoint of a run to go on with; its flags hold unless given anew",
-        metavar="RUN")
-    add("--save-every", "epochs between checkpoints", type=whole(low=1), default=1)
+    add("--resume", "folder or checkpoint of a run to go on with; its flags hold unless given anew; without "
+        "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
+        const=NEWEST)
+    add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
     add("--knn-every", "epochs between kNN evaluations, 0: never", type=whole(low=0), default=1)
     add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
     add("--knn-t", "temperature of their votes", type=real(above=0), default=0.1)
@@ -376,46 +432,70 @@ def training_parser(doc, recipes):
     return parser
 
 
-def parse_training(parser, argv, method):
-    """Parse a method's flags; with --resume the saved run's flags stand in for the defaults.
+def parse_training(parser, argv, method, fixed=()):
+    """Parse a program's flags; with --resume the saved run's flags stand in for the defaults.
 
+    fixed    further flags that a resumed run cannot change.
     returns  (args, checkpoint): checkpoint is None for a fresh run.
     """
     def absolute(args):
         # The run may be resumed or evaluated from another folder.
-        if args.data not in NAMED_DATA and os.path.isdir(args.data):
+        if args.data and args.data not in NAMED_DATA and os.path.isdir(args.data):
             args.data = os.path.abspath(args.data)
-        args.data_root = os.path.abspath(args.data_root)
+        args.data_root = args.data_root and os.path.abspath(args.data_root)
         args.cache = args.cache and os.path.abspath(args.cache)
         return args
 
-    args = parser.parse_args(argv)
+    args = absolute(parser.parse_args(argv))
     if args.tensorboard:
         tensorboard_writer()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    if args.resume == NEWEST or (args.resume is None and restarted):
+        unset = object()
+        everything = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        given = {name for name, value in vars(everything).items() if value is not unset} - {"resume", "out"}
+        args.resume = newest_run(method, args, given)
+        if args.resume is None and not restarted:
+            parser.error(f"--resume: no run of {method} with these flags in {Path(args.out or 'runs')}; "
+                         "name its folder")
     if args.resume is None:
-        if args.out and (Path(args.out) / "args.json").exists():
+        if args.out and (Path(args.out) / "last.pt").exists():
             parser.error(f"--out {args.out}: holds a run already; --resume it, or name another folder")
-        return absolute(args), None
+        return args, None
     checkpoint = load_checkpoint(args.resume, method)
     saved, folder = dict(checkpoint["args"]), checkpoint_path(args.resume).parent
     given = args.out
     for name in ("resume", "views_png"):
-        saved.pop(name)
+        saved.pop(name, None)
     args = absolute(parser.parse_args(argv, argparse.Namespace(**saved)))  # argparse keeps what is there
     if given and os.path.abspath(given) != os.path.abspath(folder):
         parser.error(f"--out {given}: a resumed run goes on in its own folder, {folder}")
-    args.out = str(folder)
-    for name in ("data", "image_size", "stem", "width", "batch_size", "knn_split"):
-        if getattr(args, name) != saved[name]:
+    args.out, args.resume = str(folder), str(folder)
+    for name in ("data", "image_size", "stem", "width", "batch_size", "knn_split", *fixed):
+        if getattr(args, name, None) != saved.get(name):
             flag = name.replace("_", "-")
-            parser.error(f"--{flag}: the run to resume has {saved[name]}, which cannot change")
+            parser.error(f"--{flag}: the run to resume has {saved.get(name)}, which cannot change")
     return args, checkpoint
+
+
+def newest_run(method, args, given):
+    """The folder of the newest run (that has a checkpoint) whose flags `given` have the values of args, or None."""
+    found = []
+    for file in [Path(args.out, "last.pt")] if args.out else Path("runs").glob("*/last.pt"):
+        try:
+            saved = json.loads((file.parent / "args.json").read_text())
+            if saved["method"] == method and all(saved.get(name) == getattr(args, name) for name in given):
+                found.append((file.stat().st_mtime, str(file.parent)))
+        except (OSError, ValueError, KeyError):  # not a run of ours
+            continue
+    return max(found)[1] if found else None
 
 
 def fill_recipe(args, recipe, source):
     """Give every flag that is still None its value from the recipe of this kind of data.
 
-    raises  UsageError where the source has fewer training images than a batch, or none.
+    raises  UsageError where the source has fewer training images than a batch, or none; or where several
+            processes cannot share a batch equally.
     """
     for name, value in recipe.items():
         if getattr(args, name) is None:
@@ -425,6 +505,10 @@ def fill_recipe(args, recipe, source):
     if images < args.batch_size:
         raise UsageError(f"--batch-size {args.batch_size}: more than the {images} training images; "
                          f"take at most {images}")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if args.batch_size % world:
+        raise UsageError(f"--batch-size {args.batch_size}: of all processes together; it must be a multiple of their "
+                         f"number, {world}: take {args.batch_size // world * world or world}")
 
 
 def holdout(args):
@@ -461,17 +545,17 @@ class Progress:
         """Begin to measure the rate anew, at `done` (after an evaluation, say)."""
         self.label = self.label if label is None else label
         self.began, self.first, self.done = time.perf_counter(), done, done
-        self.printed = self.began
+        self.printed = self.updated = self.began
 
     @property
     def rate(self):
-        """Units a second since the last restart."""
-        return (self.done - self.first) * self.per_step / max(1e-9, time.perf_counter() - self.began)
+        """Units a second from the last restart to the last update."""
+        return (self.done - self.first) * self.per_step / max(1e-9, self.updated - self.began)
 
     def update(self, done, **figures):
         """figures: floats or AverageMeters; meters are read only when a line is due."""
-        self.done = done
-        now = time.perf_counter()
+        self.done, self.updated = done, time.perf_counter()
+        now = self.updated
         if self.quiet or now - self.printed < self.every:
             return
         self.printed = now
@@ -493,57 +577,93 @@ class Progress:
 
 
 class Run:
-    """The folder of one run and what is written there and said on the terminal.
+    """The folder of one run, what is written there and said on the terminal, and when.
 
     method      "simsiam", ...: in the folder's name and in every checkpoint.
     args        parsed flags, all plain values; written to args.json.
     source      of data.open_source: its name and description.
     checkpoint  of the run that is resumed, else None.
+    score       the figure of log() by which `best` is chosen, percent; title: its name on the terminal.
+    best        file that keeps the state with the best validation score.
     Nothing is written before start(): pictures that cannot be read leave no empty folder behind.
+    raises      UsageError where the folder could not be made.
     """
 
-    def __init__(self, method, args, source, checkpoint=None):
+    current = None  # the run that this process is training, for the last words of `command`
+
+    def __init__(self, method, args, source, checkpoint=None, score="knn", title="kNN", best="best.pt"):
         self.method, self.args, self.checkpoint = method, args, checkpoint
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.out = args.out or f"runs/{method}-{source.name}-{stamp}"
-        self.folder, self.started, self.said, self.best = Path(args.out), False, [], None
+        self.score, self.title, self.best_file = score, title, best
+        if args.out is None:
+            box = [f"runs/{method}-{source.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
+            if dist.is_initialized():  # one folder for all processes
+                dist.broadcast_object_list(box, src=0)
+            args.out = box[0]
+        self.folder, self.started, self.said, self.best, self.line = Path(args.out), False, [], None, None
+        self.there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not self.there.is_dir() or not os.access(self.there, os.W_OK):
+            raise UsageError(f"--out {self.folder}: {self.there} is not a folder that can be written to")
         for line in source.description:
             self.say(line)
 
+    @property
+    def quiet(self):
+        return self.args.quiet or not is_main()
+
     def say(self, text):
         """Print, and keep in log.txt."""
+        if not is_main():
+            return
+        if self.line is not None:
+            self.line.close()
         if not self.args.quiet:
             print(text, flush=True)
         self.said.append(text)
         if self.started:
-            with open(self.folder / "log.txt", "a") as file:
-                file.write("".join(line + "\n" for line in self.said))
+            self._append("log.txt", "".join(line + "\n" for line in self.said))
             self.said = []
 
-    def start(self, total_steps, epoch_steps, device, lr, chance):
-        """Make the folder (or go on in it), then print the recipe in one screen.
+    def _append(self, name, text):
+        try:
+            with open(self.folder / name, "a") as file:
+                file.write(text)
+        except OSError as error:
+            raise UsageError(f"{self.folder / name}: {error.strerror or error}; make room, then go on with "
+                             f"--resume {self.folder}") from None
 
-        lr      the rate after scaling to the batch.  chance: the loss of a network that knows nothing.
-        raises  UsageError where the folder cannot be written.
+    def start(self, model, optimizer, scaler, dataset, total_steps, epoch_steps, device, lr, chance, extra=None):
+        """Make the folder, or restore the run that stands there; print the recipe in one screen.
+
+        model    has `.backbone`, a ResNet18.  lr: the rate after scaling to the batch.
+        chance   the loss of a network that knows nothing, in words.
+        extra    () -> dict: what else goes into the checkpoints.
+        returns  the step to go on with, 0 for a new run.
+        raises   UsageError where the folder cannot be written or lacks space, or the flags do not fit.
         """
         args, self.total_steps, self.epoch_steps = self.args, total_steps, epoch_steps
+        self.parts, self.extra = (model, optimizer, scaler, dataset), extra or dict
         self.epochs = math.ceil(total_steps / epoch_steps)
-        self.before, self.first = 0.0, None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.checkpoint:
-                self._take_back(self.checkpoint["epoch"])
-            write_atomically(self.folder / "args.json", json.dumps(vars(args), indent=1).encode())
-        except OSError as error:
-            raise UsageError(f"--out {self.folder}: {error.strerror or error}") from None
-        self.writer = tensorboard_writer()(str(self.folder)) if args.tensorboard else None
-        self.began, self.started = time.perf_counter(), True
+        self.before, self.first, self.signal = 0.0, None, None
+        step = restore(self.checkpoint, model, optimizer, scaler) if self.checkpoint else 0
+        self.every_minutes = float(args.save_every[:-3]) if isinstance(args.save_every, str) else None
+        self.began = self.saved = self.checked = time.perf_counter()
+        self.writer, self.meters, self.unchecked, self.watches = None, {}, [], device.type == "cpu"
+        if is_main():
+            self._make_folder()
+        self.started, Run.current = True, self
+        # The first signal waits for the end of the step, where all is saved; the second ends at once.
+        # Of several processes only the first can save; the others end with it.
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
         plumbing = {"data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
                     "views_png", "device", "amp", "compile", "save_every", "skip_unreadable", "knn_every"}
         recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                            if name not in plumbing and value is not None and value is not False)
         precision = str(device) if args.amp == "auto" else f"{device}, {args.amp}"
+        if dist.is_initialized():
+            precision = f"{dist.get_world_size()} processes, {precision}"
         facts = {
             "recipe": recipe,
             "lr": f"{lr:g} a step of {args.batch_size} images ({args.lr:g} per 256)",
@@ -551,62 +671,150 @@ class Run:
             "chance": f"loss {chance}",
             "writes": f"{self.folder}",
         }
+        if step:
+            facts["resumes"] = f"at step {step:,}" + (": nothing is left to do" if step >= total_steps else "")
         for name, text in facts.items():
             self.say(textwrap.fill(text, 79, initial_indent=f"{name:8}", subsequent_indent=" " * 8,
                                    break_long_words=False, break_on_hyphens=False))
+        return step
 
-    def _take_back(self, epoch):
+    def _make_folder(self):
+        args = self.args
+        # last.pt, best.pt and the one being written; each has the weights and a momentum for most of them.
+        needed = 6 * sum(t.numel() * t.element_size() for t in self.parts[0].state_dict().values())
+        free = shutil.disk_usage(self.there).free
+        if free < needed:
+            raise UsageError(f"--out {self.folder}: {free / 1e6:,.0f} MB free, checkpoints need "
+                             f"{needed / 1e6:,.0f} MB; make room or choose another folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint:
+                self._take_back()
+            else:  # of a run that ended before its first checkpoint
+                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            flags = json.dumps({"method": self.method, **vars(args)}, indent=1)
+            write_atomically(self.folder / "args.json", flags.encode())
+        except OSError as error:
+            raise UsageError(f"--out {self.folder}: {error.strerror or error}") from None
+        self.writer = tensorboard_writer()(str(self.folder)) if args.tensorboard else None
+
+    def _take_back(self):
         # Epochs after the checkpoint are run again: their lines must not stand there twice.
-        rows = [row for row in read_metrics(self.folder) if row["epoch"] <= epoch]
+        rows = [row for row in read_metrics(self.folder) if row["epoch"] <= self.checkpoint["epoch"]]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.folder / "metrics.jsonl", text.encode())
-        scores = [row["knn"] for row in rows if row["knn"] is not None]
+        scores = [row[self.score] for row in rows if row[self.score] is not None]
         self.first = scores[0] if scores else None
-        self.best = max((row["knn"] for row in rows if row["epoch"] and row["knn"] is not None), default=None)
-        self.before = rows[-1]["seconds"] if rows else 0.0
+        self.best = max((row[self.score] for row in rows if row["epoch"] and row[self.score] is not None),
+                        default=None)
+        self.before = self.checkpoint["seconds"]
 
-    def progress(self, epoch, step):
-        """The updating line of an epoch (from 0)."""
+    def _stop(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def close(self):
+        """Give signals back to whom they belonged."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        Run.current = None
+
+    def begin_epoch(self, epoch, step, *names):
+        """An AverageMeter for each of `names` ("loss" first), filled where a resumed run stopped in mid-epoch.
+
+        epoch  from 0.  step: steps taken so far.
+        """
+        self.meters = {name: AverageMeter() for name in names}
+        if self.checkpoint and step % self.epoch_steps and step == self.checkpoint["step"]:
+            for name, (total, count) in self.checkpoint["meters"].items():
+                self.meters[name].sum, self.meters[name].count = total, count
         label = f"epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
-        progress = Progress(self.total_steps, label, quiet=self.args.quiet, per_step=self.args.batch_size)
-        progress.restart(step)
-        return progress
+        self.line = Progress(self.total_steps, label, quiet=self.quiet, per_step=self.args.batch_size)
+        self.line.restart(step)
+        return list(self.meters.values())
 
-    def log(self, *, epoch, step, loss, lr, images_per_second, knn, **figures):
+    def after_step(self, step, lr, loss):
+        """The progress line; an alarm if the loss is not finite; a checkpoint if the time or a signal asks for it.
+
+        step    steps taken.  loss: scalar tensor of the last one.
+        raises  UsageError for a loss that is NaN or infinite; Interrupted after a signal, when all is saved.
+        """
+        self.unchecked.append((step, lr, loss.detach()))
+        # Looking at a loss makes the host wait for a GPU: there it is done about once a second.
+        if self.watches or time.perf_counter() - self.checked > 1:
+            self._check()
+        self.line.update(step, lr=lr, **self.meters)
+        # At the end of an epoch its figures come first: save() does it.
+        if step % self.epoch_steps and step < self.total_steps and (self.signal or self._minutes_are_up()):
+            self._write("last.pt", step)
+            self._leave_if_told(step)
+
+    def _check(self):
+        pending, self.unchecked, self.checked = self.unchecked, [], time.perf_counter()
+        if not pending or bool(torch.stack([loss for _, _, loss in pending]).isfinite().all()):
+            return
+        step, lr, loss = next(entry for entry in pending if not math.isfinite(entry[2]))
+        scaler = self.parts[2]
+        scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+        saved = (self.folder / "last.pt").exists()
+        raise UsageError(f"the loss is {loss.item()} at step {step} (lr {lr:.3g}{scale}): lower --lr, raise "
+                         "--warmup-epochs, or try --amp off; " +
+                         (f"the last good checkpoint stays in {self.folder}" if saved else "nothing was saved yet"))
+
+    def _minutes_are_up(self):
+        return self.every_minutes is not None and time.perf_counter() - self.saved > 60 * self.every_minutes
+
+    def _leave_if_told(self, step):
+        if self.signal is not None:
+            program = Path(sys.argv[0]).name
+            raise Interrupted(self.signal, f"{signal.Signals(self.signal).name}: saved at step {step:,}; go on with\n"
+                                           f"  python {program} --resume {self.folder}")
+
+    def log(self, *, epoch, step, lr, **figures):
         """Print an epoch's line and append it to metrics.jsonl. Epoch 0 is the untrained network.
 
-        loss, lr, images_per_second, knn (percent) may be None; figures: further kNN and health figures.
-        raises  UsageError for a loss that is not finite; the last checkpoint stays.
+        figures  the score (percent, or None), further scores, health figures. Loss and health of the
+                 meters of begin_epoch come along, means over all processes.
+        returns  the row that was written.
         """
-        seconds = self.before + time.perf_counter() - self.began
-        row = dict(epoch=epoch, step=step, seconds=seconds, loss=loss, lr=lr,
-                   images_per_second=images_per_second, knn=knn, **figures)
-        if loss is not None and not math.isfinite(loss):
-            raise UsageError(f"the loss is {loss} in epoch {epoch} (step {step}, lr {lr:.3g}): lower --lr, "
-                             f"or --amp off; the last good checkpoint stays in {self.folder}")
-        row = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._check()
+        rate = self.line.rate if epoch else None
+        means = {name: meter.mean() for name, meter in self.meters.items()} if epoch else {}
+        row = dict(epoch=epoch, step=step, seconds=self.seconds, loss=means.pop("loss", None), lr=lr,
+                   images_per_second=rate, **{self.score: figures.pop(self.score)}, **means, **figures)
+        if not is_main():
+            return row
+        written = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+        self._append("metrics.jsonl", json.dumps(written) + "\n")
         if self.writer is not None:
-            for name, value in row.items():
+            for name, value in written.items():
                 if isinstance(value, (int, float)) and name not in ("epoch", "step"):
                     self.writer.add_scalar(name, value, step)
             self.writer.flush()
+        self._say_row(row, means | figures)
+        return row
 
-        width = len(str(self.epochs))
+    @property
+    def seconds(self):
+        """Since the run began, interruptions left out."""
+        return self.before + time.perf_counter() - self.began
+
+    def _say_row(self, row, figures):
+        width, epoch, score = len(str(self.epochs)), row["epoch"], row[self.score]
         words = [f"epoch {epoch:>{width}}/{self.epochs}" if epoch else "untrained".ljust(7 + 2 * width)]
-        if loss is not None:
-            words.append(f"loss {loss:7.4f}")
+        if row["loss"] is not None:
+            words.append(f"loss {row['loss']:7.4f}")
         words += [f"{name} {value:.3f}" for name, value in figures.items()
                   if not name.startswith("knn") and value is not None]
-        if knn is not None:
-            words.append(f"kNN {knn:5.2f} %")
-            self.first = knn if epoch == 0 else self.first
+        if score is not None:
+            words.append(f"{self.title} {score:5.2f} %")
+            self.first = score if epoch == 0 else self.first
         words += [f"{name[4:]} {value:5.2f} %" for name, value in figures.items()
                   if name.startswith("knn_layer") and value is not None]
-        if images_per_second is not None:
-            words.append(f"{images_per_second:,.0f} images/s")
-        words.append(clock(seconds))
+        if row["images_per_second"] is not None:
+            words.append(f"{row['images_per_second']:,.0f} images/s")
+        words.append(clock(row["seconds"]))
         line = ""
         for word in words:  # a line that would pass 79 columns goes on below
             if len(line) - line.rfind("\n") + len(word) > 77:
@@ -614,32 +822,44 @@ class Run:
             line += ("  " if line else "") + word
         self.say(line)
 
-    def save(self, model, optimizer, scaler, step, dataset, score, last):
-        """last.pt every --save-every epochs and at the end; best.pt whenever validation improves.
+    def save(self, step, score, last):
+        """last.pt every --save-every and at the end; the best file whenever validation improves.
 
-        score  kNN of validation images, or None; a score from the test split never chooses a checkpoint.
+        score   of validation images, or None; a score from the test split never chooses a checkpoint.
+        raises  UsageError where it cannot be written; Interrupted after a signal, when all is saved.
         """
         args, epoch = self.args, step // self.epoch_steps
-        improved = score is not None and args.knn_split == "val" and (self.best is None or score > self.best)
-        if not (last or improved or epoch % args.save_every == 0):
-            return
-        state = checkpoint_state(self.method, model, optimizer, scaler, epoch, step, args, dataset)
-        if last or epoch % args.save_every == 0:
-            save_checkpoint(self.folder / "last.pt", state)
-        if improved:
+        due = self._minutes_are_up() if self.every_minutes is not None else epoch % args.save_every == 0
+        if last or due or self.signal is not None:
+            self._write("last.pt", step)
+        if score is not None and args.knn_split == "val" and (self.best is None or score > self.best):
             self.best = score
-            save_checkpoint(self.folder / "best.pt", state)
+            self._write(self.best_file, step)
+        if not last:
+            self._leave_if_told(step)
 
-    def finish(self):
+    def _write(self, name, step):
+        self._check()  # no checkpoint of a broken network
+        if is_main():
+            model, optimizer, scaler, dataset = self.parts
+            state = checkpoint_state(self.method, model, optimizer, scaler, step // self.epoch_steps, step,
+                                     self.args, dataset)
+            state["seconds"] = self.seconds
+            state["meters"] = {name: (meter.sum, meter.count) for name, meter in self.meters.items()}
+            save_checkpoint(self.folder / name, state | self.extra())
+        if name == "last.pt":
+            self.saved = time.perf_counter()
+
+    def finish(self, next_command=None):
         """What was reached, where it is, what to do next."""
         score = self.best
         if self.args.knn_split == "test":
-            scores = [row["knn"] for row in read_metrics(self.folder) if row["knn"] is not None]
+            scores = [row[self.score] for row in read_metrics(self.folder) if row[self.score] is not None]
             score = scores[-1] if scores else None
         if self.first is not None and score is not None:
-            self.say(f"kNN     {self.first:.2f} % untrained, {score:.2f} % "
+            self.say(f"{self.title:8}{self.first:.2f} % untrained, {score:.2f} % "
                      f"{'at best' if self.args.knn_split == 'val' else 'at the end, test split'}")
-        self.say(f"next    python knn.py --checkpoint {self.folder} --neighbours grid.png")
+        self.say(f"next    {next_command or f'python linear.py --checkpoint {self.folder}'}")
 
 
 def tensorboard_writer():
@@ -671,6 +891,9 @@ def read_metrics(folder):
 # ------------------------------------------------------------------------------------------------
 
 
+VERSION = 1  # of the checkpoints' form
+
+
 def write_atomically(path, content):
     """Write bytes, or a state for torch.save, to a file beside; sync, rename: never half a file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -680,6 +903,10 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        if hasattr(os, "O_DIRECTORY"):  # the new name must survive a power cut too
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -691,6 +918,7 @@ def checkpoint_state(method, model, optimizer, scaler, epoch, step, args, datase
     dataset  has classes, mean, std.  args: parsed flags, plain values.
     """
     return {
+        "version": VERSION,
         "method": method,
         "model": model.state_dict(),
         "backbone": model.backbone.state_dict(),  # the same storages: written once
@@ -722,7 +950,8 @@ def save_checkpoint(path, state):
         write_atomically(Path(path), state)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{path}: cannot write the checkpoint: {reason}") from None
+        stays = "; the one before it stays" if Path(path).exists() else ""
+        raise UsageError(f"{path}: cannot write the checkpoint: {reason}{stays}") from None
 
 
 def checkpoint_path(path):
@@ -754,6 +983,8 @@ def load_checkpoint(path, method=None):
     wanted = ("method", "model", "backbone", "args", "classes", "mean", "std", "image_size", "stem", "width")
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in wanted):
         raise UsageError(f"{file}: not a checkpoint of this project, or only its weights")
+    if checkpoint.get("version") != VERSION:
+        raise UsageError(f"{file}: form {checkpoint.get('version')} of checkpoints; this program reads form {VERSION}")
     if method is not None and checkpoint["method"] != method:
         raise UsageError(f"{file}: a {checkpoint['method']} run; go on with python {checkpoint['method']}.py")
     return checkpoint

@@ -49,6 +49,7 @@ import torch.nn.functional as F
 import augment
 import common
 import data
+import distributed
 import knn
 
 # ------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ import knn
 
 # The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
 RECIPES = {
-    "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.24, weight_decay=1e-4,
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.4, weight_decay=1e-4,
                 warmup_epochs=0.6, queue_size=256, momentum_encoder=0.99, temperature=0.2, head="mlp",
                 min_crop=0.4, blur=0.0),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=200, batch_size=512, lr=0.03,
@@ -192,8 +193,9 @@ class MoCo(nn.Module):
     backbone    maps x to (N, backbone.dim); its BatchNorm2d are replaced by SplitBatchNorm.
     dim         C, the width of q and k.  queue_size: K.  head: "mlp" or "linear".  bn_splits: groups.
     forward(x_q, x_k, order)   (N, 3, S, S) twice -> q (N, C), k (N, C), unit rows; k without gradient.
-                order (N,) int64 on the host, a permutation: the rows of x_k as the key encoder meets them;
-                None: as they are. Row i of q and k comes from image i in either case.
+                order (N,) int64, a permutation: the rows of x_k as the key encoder meets them (of several
+                processes: of all their rows, the same everywhere); None: as they are.
+                Row i of q and k comes from image i in either case.
     Source      He et al. 2019, Section 3.2 and 3.3; Chen et al. 2020 for the head.
     """
 
@@ -218,11 +220,11 @@ class MoCo(nn.Module):
         with torch.no_grad():
             # A group's statistics leave a trace in each of its rows. Were q and k of an image in groups of
             # the same images, that trace would give the key away. So the keys are dealt anew.    [S3.3]
-            if order is not None:
-                x_k = x_k[order.to(x_k.device, non_blocking=True)]
+            if order is not None:  # over all processes: gather, permute, take this one's share
+                x_k = distributed.mine(distributed.gather(x_k)[order.to(x_k.device, non_blocking=True)])
             k = F.normalize(self.key_encoder(x_k).float(), dim=1)                     # (N, C)
-            if order is not None:
-                k = k[order.argsort().to(k.device, non_blocking=True)]                # back to x_q's order
+            if order is not None:  # back to x_q's order
+                k = distributed.mine(distributed.gather(k)[order.argsort().to(k.device, non_blocking=True)])
         return q, k
 
     @torch.no_grad()
@@ -239,7 +241,8 @@ class MoCo(nn.Module):
 
 def build_model(args):
     backbone = common.ResNet18(stem=args.stem, width=args.width)
-    return MoCo(backbone, args.dim, args.queue_size, args.head, args.bn_splits)
+    bn_splits = max(1, args.bn_splits // distributed.size())  # each process is a group by nature  [DDP]
+    return MoCo(backbone, args.dim, args.queue_size, args.head, bn_splits)
 
 
 @torch.no_grad()
@@ -294,20 +297,23 @@ def contrastive_accuracy(q, k, queue):
 @common.command
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    device = common.pick_device(args.device)
+    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
     autocast, scaler = common.pick_precision(args.amp, device)
     common.seed_everything(args.seed)
 
     # Data: packed once, held on the device where it fits, augmented there in whole batches.
     source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
     common.fill_recipe(args, RECIPES[source.kind], source)
-    args.bn_splits = bn_groups(args.bn_splits, args.batch_size)
+    args.bn_splits = bn_groups(args.bn_splits, args.batch_size)  # of all processes together
     run = common.Run("moco", args, source, checkpoint)
-    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
-                        args.skip_unreadable)
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    with distributed.leader_first():                                                            # [DDP]
+        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
+                            args.skip_unreadable)
+    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
     two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
-    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    # It draws on the host, so a seed gives the same views on every device and number of processes.
+    generator = augment.Share().of(rank, world)                                                 # [DDP]
     if args.views_png:
         images, aspect, _, _ = next(batches.batches(0))
         views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
@@ -324,9 +330,9 @@ def main(argv=None):
                                   milestones=(0.6 * total_steps, 0.8 * total_steps))  # 120, 160 of 200 epochs
 
     monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
-    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
     chance = math.log(1 + args.queue_size)
-    run.start(total_steps, len(batches), device, lr, chance=f"log(1 + K) = {chance:.2f}")
+    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
+                     chance=f"log(1 + K) = {chance:.2f}")
     if monitor.missing:
         run.say(f"note    no kNN: {monitor.missing}")
     directions = 2 if args.symmetric else 1
@@ -334,29 +340,29 @@ def main(argv=None):
         run.say(f"note    --queue-size {args.queue_size}: {len(dataset.train)} images make fewer keys an "
                 "epoch:\n        old keys of the query's own picture count as negatives; take less")
     if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **monitor(model.backbone))
+        run.log(epoch=0, step=0, lr=None, **monitor(model.backbone))
     if args.compile:
         model.compile()
+    network = distributed.parallel(model, device)                                               # [DDP]
 
     while step < total_steps:                                                                   # [A1]
         epoch = step // len(batches)
         model.train()
-        losses, accuracies = common.AverageMeter(), common.AverageMeter()
-        progress = run.progress(epoch, step)
+        losses, accuracies = run.begin_epoch(epoch, step, "loss", "accuracy")
         for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
             lr = schedule.step(step)
             common.reseed(generator, args.seed, step)
             x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)
             # How the keys are dealt to the BatchNorm groups: drawn for this step, like its views.
-            order1, order2 = (torch.randperm(len(x1), generator=generator) for _ in range(2))
+            order1, order2 = (torch.randperm(args.batch_size, generator=generator) for _ in range(2))
             if args.no_shuffle_bn:
                 order1 = order2 = None
             # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder.
             ema_update(model.key_encoder.parameters(), model.query_parameters(), args.momentum_encoder)
             with autocast():
-                q1, k2 = model(x1, x2, order2)                        # (N, C)
+                q1, k2 = network(x1, x2, order2)                      # (N, C)
                 if args.symmetric:
-                    q2, k1 = model(x2, x1, order1)
+                    q2, k1 = network(x2, x1, order1)
             loss = info_nce(q1, k2, model.queue, args.temperature)
             if args.symmetric:
                 # Both halves meet the queue as it was: k2 in it would be a negative for q2, its own picture.
@@ -372,22 +378,21 @@ def main(argv=None):
             losses.update(loss / directions, len(images))              # a query's: chance stays log(1 + K)
             accuracies.update(contrastive_accuracy(q1, k2, model.queue), len(images))
             # Last of all: keys that were in the queue already would be their own queries' negatives.
-            model.enqueue(torch.cat([k1, k2]) if args.symmetric else k2)
-            progress.update(step, loss=losses, accuracy=accuracies, lr=lr)
+            # Every process enqueues the keys of all, so the queues stay the same.                [DDP]
+            model.enqueue(torch.cat([distributed.gather(k) for k in ([k1, k2] if args.symmetric else [k2])]))
+            run.after_step(step, lr, loss)
             if step == total_steps:
                 break
-        progress.close()
 
         finished = epoch + 1
         last = step == total_steps
         due = args.knn_every and (last or finished % args.knn_every == 0)
         scores = monitor(model.backbone) if due else {"knn": None}
-        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
-                accuracy=accuracies.avg, **scores)
-        if losses.avg > 0.98 * chance:
+        row = run.log(epoch=finished, step=step, lr=lr, **scores)
+        if row["loss"] > 0.98 * chance:
             run.say("  at chance: the queries do not find their keys. If it stays so, lower --lr,\n"
                     "  or raise --warmup-epochs, --momentum-encoder or --min-crop.")
-        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+        run.save(step, scores["knn"], last)
     run.finish()
 
 

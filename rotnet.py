@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import augment
 import common
 import data
+import distributed
 import knn
 
 # ------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def turn(x, generator, args):
     returns  inputs (4N, 3, S, S) and classes (4N,); N of both with --one-rotation.
     """
     if args.one_rotation:
-        y = torch.randint(0, 4, (len(x),), generator=generator)                # (N,)
+        y = augment.draw(functools.partial(torch.randint, 0, 4), (len(x),), generator)         # (N,)
         x4, y4 = augment.rotate(x, y), y.to(x.device)
     else:
         x4, y4 = rotation_batch(x)                                             # (4N, 3, S, S), (4N,)
@@ -232,7 +233,7 @@ def rotation_accuracy(model, split, dataset, device, autocast, batch_size=125):
 @common.command
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    device = common.pick_device(args.device)
+    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
     autocast, scaler = common.pick_precision(args.amp, device)
     common.seed_everything(args.seed)
 
@@ -242,11 +243,14 @@ def main(argv=None):
     if args.stop_at_accuracy and source.splits["val"] is None:
         raise common.UsageError("--stop-at-accuracy: this data has no validation images; leave it out")
     run = common.Run("rotnet", args, source, checkpoint)
-    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
-                        args.skip_unreadable)
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    with distributed.leader_first():                                                            # [DDP]
+        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
+                            args.skip_unreadable)
+    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
     one_crop = functools.partial(view, args=args, mean=dataset.mean, std=dataset.std)
-    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    # It draws on the host, so a seed gives the same views on every device and number of processes.
+    generator = augment.Share().of(rank, world)                                                 # [DDP]
     if args.views_png:
         images, aspect, _, _ = next(batches.batches(0))
         x4, _ = turn(one_crop(images, aspect, common.reseed(generator, args.seed, 0)), generator, args)
@@ -270,27 +274,26 @@ def main(argv=None):
 
     def turned_right():
         """{"val_rotation": percent}, of images not trained on; empty where there are none."""
-        if held_out is None:
+        if held_out is None or not common.is_main():
             return {}
         return {"val_rotation": rotation_accuracy(model, held_out, dataset, device, autocast)}
 
-    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
     chance = args.focal_alpha * 0.75**args.focal_gamma * math.log(4)
     formula = "log(4)" if (args.focal_gamma, args.focal_alpha) == (0, 1) else "alpha (3/4)^gamma log(4)"
-    run.start(total_steps, len(batches), device, lr, chance=f"{formula} = {chance:.4g} (25 % of rotations right)")
+    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
+                     chance=f"{formula} = {chance:.4g} (25 % of rotations right)")
     if monitor.missing:
         run.say(f"note    no kNN: {monitor.missing}")
     if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **turned_right(),
-                **monitor(model.backbone))
+        run.log(epoch=0, step=0, lr=None, **turned_right(), **monitor(model.backbone))
     if args.compile:
         model.compile()
+    network = distributed.parallel(model, device)                                               # [DDP]
 
     while step < total_steps:
         epoch = step // len(batches)
         model.train()
-        losses, rotations = common.AverageMeter(), common.AverageMeter()
-        progress = run.progress(epoch, step)
+        losses, rotations = run.begin_epoch(epoch, step, "loss", "rotation")
         for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
             lr = schedule.step(step)
             common.reseed(generator, args.seed, step)
@@ -298,7 +301,7 @@ def main(argv=None):
             # All four rotations of an image in one batch: better than four images once each.    [S4.1]
             x4, y4 = turn(x, generator, args)                          # (4N, 3, S, S), (4N,)
             with autocast():
-                logits = model(x4)                                     # (4N, 4)                   [E1]
+                logits = network(x4)                                   # (4N, 4)                   [E1]
             # min over theta of 1/N sum_i loss(X_i): every image and every rotation weighs the same. [E2]
             loss = focal_loss(logits, y4, args.focal_gamma, args.focal_alpha)
 
@@ -310,25 +313,24 @@ def main(argv=None):
             step += 1
             losses.update(loss, len(images))
             rotations.update(percent_right(logits, y4), len(images))
-            progress.update(step, loss=losses, rotation=rotations, lr=lr)
+            run.after_step(step, lr, loss)
             if step == total_steps:
                 break
-        progress.close()
 
         finished = epoch + 1
         last = step == total_steps
         due = args.knn_every and (last or finished % args.knn_every == 0)
         held = turned_right() if due or args.stop_at_accuracy else {}
-        stop = not last and args.stop_at_accuracy and held["val_rotation"] >= args.stop_at_accuracy
+        stop = not last and held.get("val_rotation", 0) >= (args.stop_at_accuracy or math.inf)
+        stop = distributed.same(stop)                                                           # [DDP]
         if stop:
             last, due = True, args.knn_every
         scores = monitor(model.backbone) if due else {"knn": None}
-        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
-                rotation=rotations.avg, **held, **scores)
-        if rotations.avg < 26:
+        row = run.log(epoch=finished, step=step, lr=lr, **held, **scores)
+        if row["rotation"] < 26:
             run.say("  at chance: no rotation is recognised. Lower --lr or raise --warmup-epochs; or these\n"
                     "  pictures look alike from all sides.")
-        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+        run.save(step, scores["knn"], last)
         if stop:
             run.say(f"stopped {held['val_rotation']:.2f} % of validation rotations are right: "
                     f"--stop-at-accuracy {args.stop_at_accuracy:g}")

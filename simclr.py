@@ -35,9 +35,9 @@ Departures  1. `cifar` takes the recipe of a public one-file implementation, whi
                code's scale is left out too, as SimSiam does.
             3. Views are normalised by mean and standard deviation; the authors' code leaves them in [0, 1].
             4. `toy` takes a higher lr and larger crops: see the table below.
-            5. Negatives and BatchNorm see one device's batch; the paper's see that of all its TPU cores.
+            5. BatchNorm sees all processes' batch, as the paper's, on GPUs only; on CPUs each its own share.
 Health      The loss starts near chance, log(2N - 1), and falls; how far depends on N and T: only compare runs
-            of the same two. `acc` is the share of the 2N outputs that find their partner, 1/(2N - 1) by
+            of the same two. `accuracy` is the share of the 2N outputs that find their partner, 1/(2N - 1) by
             chance. A loss that stays at chance: no output finds its partner.
 """
 
@@ -51,6 +51,7 @@ import torch.nn.functional as F
 import augment
 import common
 import data
+import distributed
 import knn
 
 # ------------------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def scaled_lr(lr, batch_size, scaling):
 @common.command
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    device = common.pick_device(args.device)
+    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
     autocast, scaler = common.pick_precision(args.amp, device)
     common.seed_everything(args.seed)
 
@@ -283,11 +284,14 @@ def main(argv=None):
     source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
     common.fill_recipe(args, RECIPES[source.kind], source)
     run = common.Run("simclr", args, source, checkpoint)
-    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
-                        args.skip_unreadable)
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    with distributed.leader_first():                                                            # [DDP]
+        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
+                            args.skip_unreadable)
+    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
     two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
-    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    # It draws on the host, so a seed gives the same views on every device and number of processes.
+    generator = augment.Share().of(rank, world)                                                 # [DDP]
     if args.views_png:
         images, aspect, _, _ = next(batches.batches(0))
         views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
@@ -303,28 +307,30 @@ def main(argv=None):
     schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps)
 
     monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
-    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
     chance = math.log(2 * args.batch_size - 1)
-    run.start(total_steps, len(batches), device, lr, chance=f"log(2N - 1) = {chance:.2f} (all outputs alike)")
+    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
+                     chance=f"log(2N - 1) = {chance:.2f} (all outputs alike)")
     if monitor.missing:
         run.say(f"note    no kNN: {monitor.missing}")
     if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **monitor(model.backbone))
+        run.log(epoch=0, step=0, lr=None, **monitor(model.backbone))
     if args.compile:
         model.compile()
+    network = distributed.parallel(model, device, sync_bn=True)                                 # [DDP]
 
     while step < total_steps:                                                                   # [A1]
         epoch = step // len(batches)
         model.train()
-        losses, accuracies = common.AverageMeter(), common.AverageMeter()
-        progress = run.progress(epoch, step)
+        losses, accuracies = run.begin_epoch(epoch, step, "loss", "accuracy")
         for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
             lr = schedule.step(step)
             common.reseed(generator, args.seed, step)
             x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)
             with autocast():
                 # Both views in one forward: BatchNorm's statistics are those of all 2N.
-                z1, z2 = model(torch.cat([x1, x2])).chunk(2)           # 2 x (N, D)
+                z1, z2 = network(torch.cat([x1, x2])).chunk(2)         # 2 x (N, D)
+            # Negatives come from all processes, and gradients go back to them.                   [DDP]
+            z1, z2 = (distributed.gather_with_gradient(z.float()) for z in (z1, z2))
             loss = nt_xent(z1, z2, args.temperature)
 
             optimizer.zero_grad(set_to_none=True)
@@ -335,21 +341,19 @@ def main(argv=None):
             step += 1
             losses.update(loss, len(images))
             accuracies.update(contrastive_accuracy(z1, z2), len(images))
-            progress.update(step, loss=losses, acc=accuracies, lr=lr)
+            run.after_step(step, lr, loss)
             if step == total_steps:
                 break
-        progress.close()
 
         finished = epoch + 1
         last = step == total_steps
         due = args.knn_every and (last or finished % args.knn_every == 0)
         scores = monitor(model.backbone) if due else {"knn": None}
-        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
-                acc=accuracies.avg, **scores)
-        if losses.avg > chance - 0.01:
+        row = run.log(epoch=finished, step=step, lr=lr, **scores)
+        if row["loss"] > chance - 0.01:
             run.say("  at chance: no output finds its partner. Lower --lr, raise --warmup-epochs,\n"
                     "  or, if --min-crop is small, raise it.")
-        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+        run.save(step, scores["knn"], last)
     run.finish()
 
 

@@ -23,7 +23,7 @@ Recipe      flag            paper, ImageNet    paper, CIFAR (App. D)  here
             momentum 0.9, cosine, no warm-up, constant lr of the predictor: everywhere as in the paper
 Departures  1. The cosine falls every step, not every epoch: short runs need it, long ones do not notice.
             2. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
-            3. BatchNorm sees one device's batch; the paper synchronises it over 8 GPUs.
+            3. BatchNorm sees the batch of all processes, as in the paper, on GPUs only; on CPUs its own share.
 Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0.9, never quite to -1.
             `std` is the standard deviation of z/|z| times sqrt(d): 1 for healthy outputs, 0 once all
             images give the same z. To see that collapse: --no-stop-gradient, or --no-predictor. On `toy`
@@ -39,6 +39,7 @@ import torch.nn.functional as F
 import augment
 import common
 import data
+import distributed
 import knn
 
 # ------------------------------------------------------------------------------------------------
@@ -47,8 +48,8 @@ import knn
 
 # The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
 RECIPES = {
-    "toy": dict(image_size=32, stem="cifar", width=16, epochs=5, batch_size=64, lr=0.8, weight_decay=1e-4,
-                warmup_epochs=0.5, proj_layers=2, min_crop=0.4, blur=0.0),
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.8, weight_decay=1e-4,
+                warmup_epochs=0.6, proj_layers=2, min_crop=0.4, blur=0.0),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=800, batch_size=512, lr=0.03,
                   weight_decay=5e-4, warmup_epochs=0.0, proj_layers=2, min_crop=0.2, blur=0.0),
     "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.05,
@@ -179,7 +180,7 @@ def output_std(z):
 @common.command
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    device = common.pick_device(args.device)
+    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
     autocast, scaler = common.pick_precision(args.amp, device)
     common.seed_everything(args.seed)
 
@@ -187,11 +188,14 @@ def main(argv=None):
     source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
     common.fill_recipe(args, RECIPES[source.kind], source)
     run = common.Run("simsiam", args, source, checkpoint)
-    dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), args.quiet,
-                        args.skip_unreadable)
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed)
+    with distributed.leader_first():                                                            # [DDP]
+        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
+                            args.skip_unreadable)
+    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
+    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
     two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
-    generator = torch.Generator()  # draws on the host, so a seed gives the same views on every device
+    # It draws on the host, so a seed gives the same views on every device and number of processes.
+    generator = augment.Share().of(rank, world)                                                 # [DDP]
     if args.views_png:
         images, aspect, _, _ = next(batches.batches(0))
         views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
@@ -211,28 +215,28 @@ def main(argv=None):
     schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps)
 
     monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
-    step = common.restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
-    run.start(total_steps, len(batches), device, lr, chance="0 (unrelated unit vectors)")
+    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
+                     chance="0 (unrelated unit vectors)")
     if monitor.missing:
         run.say(f"note    no kNN: {monitor.missing}")
     if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, loss=None, lr=None, images_per_second=None, **monitor(model.backbone))
+        run.log(epoch=0, step=0, lr=None, **monitor(model.backbone))
     if args.compile:
         model.compile()
+    network = distributed.parallel(model, device, sync_bn=True)                                 # [DDP]
 
     while step < total_steps:                                                                   # [A1]
         epoch = step // len(batches)
         model.train()
-        losses, stds = common.AverageMeter(), common.AverageMeter()
-        progress = run.progress(epoch, step)
+        losses, stds = run.begin_epoch(epoch, step, "loss", "std")
         for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
             lr = schedule.step(step)
             common.reseed(generator, args.seed, step)
             x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)
             with autocast():
                 # The views are forwarded one after the other: each has its own BatchNorm statistics.
-                p1, z1 = model(x1)                                     # (N, d)
-                p2, z2 = model(x2)
+                p1, z1 = network(x1)                                   # (N, d)
+                p2, z2 = network(x2)
             loss = symmetric_loss(p1, z1, p2, z2, stop_gradient=not args.no_stop_gradient)
 
             optimizer.zero_grad(set_to_none=True)
@@ -243,21 +247,19 @@ def main(argv=None):
             step += 1
             losses.update(loss, len(images))
             stds.update(output_std(z1), len(images))
-            progress.update(step, loss=losses, std=stds, lr=lr)
+            run.after_step(step, lr, loss)
             if step == total_steps:
                 break
-        progress.close()
 
         finished = epoch + 1
         last = step == total_steps
         due = args.knn_every and (last or finished % args.knn_every == 0)
         scores = monitor(model.backbone) if due else {"knn": None}
-        run.log(epoch=finished, step=step, loss=losses.avg, lr=lr, images_per_second=progress.rate,
-                std=stds.avg, **scores)
-        if stds.avg < 0.5:
+        row = run.log(epoch=finished, step=step, lr=lr, **scores)
+        if row["std"] < 0.5:
             run.say("  collapsing: all images give nearly the same output. Keep stop-gradient and predictor;\n"
                     "  if they are there, lower --lr, raise --batch-size or --warmup-epochs.")
-        run.save(model, optimizer, scaler, step, dataset, scores["knn"], last)
+        run.save(step, scores["knn"], last)
     run.finish()
 
 

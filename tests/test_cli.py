@@ -144,7 +144,7 @@ def wrong_uses(tmp_path):
     (tmp_path / "dirty/text.jpg").write_text("this is no picture")
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     (tmp_path / "held/run").mkdir(parents=True)
-    (tmp_path / "held/run/args.json").write_text("{}")
+    (tmp_path / "held/run/last.pt").write_bytes(b"")
     return {
         "missing folder": ("simsiam.py", ["--data", "./nowhere"], ["--data", "nowhere"]),
         "unknown name": ("simsiam.py", ["--data", "cifar11"], ["cifar11", "cifar10"]),

@@ -177,16 +177,26 @@ def make_parts():
     return model, optimizer, torch.amp.GradScaler("cpu", enabled=False)
 
 
-def start_run(args, checkpoint=None):
+@pytest.fixture(autouse=True)
+def signals_are_given_back():
+    yield
+    if common.Run.current:
+        common.Run.current.close()
+
+
+def start_run(args, checkpoint=None, parts=None):
     run = common.Run("simsiam", args, Source, checkpoint)
-    run.start(total_steps=9, epoch_steps=3, device="cpu", lr=0.1, chance="0")
+    if common.Run.current:
+        common.Run.current.close()
+    run.start(*(parts or make_parts()), Dataset, total_steps=9, epoch_steps=3, device=torch.device("cpu"), lr=0.1,
+              chance="0")
     return run
 
 
 def test_checkpoint_restores_everything(tmp_path):
-    run = start_run(make_args(tmp_path / "run"))
-    model, optimizer, scaler = make_parts()
-    run.save(model, optimizer, scaler, 3, Dataset, 50.0, last=False)
+    model, optimizer, scaler = parts = make_parts()
+    run = start_run(make_args(tmp_path / "run"), parts=parts)
+    run.save(3, 50.0, last=False)
     drawn = torch.rand(3)
 
     other, other_optimizer, _ = make_parts()
@@ -206,44 +216,45 @@ def test_checkpoint_restores_everything(tmp_path):
 
 
 def test_best_is_kept_by_validation_only(tmp_path):
-    parts = make_parts()
     run = start_run(make_args(tmp_path / "val"))
     for step, score in ((3, 50.0), (6, 60.0), (9, 55.0)):
-        run.save(*parts, step, Dataset, score, last=step == 9)
+        run.save(step, score, last=step == 9)
     assert common.load_checkpoint(tmp_path / "val" / "best.pt")["step"] == 6
     assert common.load_checkpoint(tmp_path / "val")["step"] == 9
     run = start_run(make_args(tmp_path / "test", knn_split="test"))
-    run.save(*parts, 3, Dataset, 50.0, last=True)
+    run.save(3, 50.0, last=True)
     assert not (tmp_path / "test" / "best.pt").exists()
 
 
 def test_save_every(tmp_path):
     run = start_run(make_args(tmp_path, save_every=2))
-    parts = make_parts()
-    run.save(*parts, 3, Dataset, None, last=False)
+    run.save(3, None, last=False)
     assert not (tmp_path / "last.pt").exists()
-    run.save(*parts, 6, Dataset, None, last=False)
-    run.save(*parts, 9, Dataset, None, last=True)
+    run.save(6, None, last=False)
+    run.save(9, None, last=True)
     assert common.load_checkpoint(tmp_path)["step"] == 9
 
 
 def row(run, epoch, knn=40.0, loss=1.0):
-    run.log(epoch=epoch, step=3 * epoch, loss=loss, lr=0.1, images_per_second=5.0, knn=knn, std=0.9)
+    if epoch:
+        for meter, value in zip(run.begin_epoch(epoch - 1, 3 * epoch - 3, "loss", "std"), (loss, 0.9), strict=True):
+            meter.update(torch.tensor(value))
+        run.after_step(3 * epoch, 0.1, torch.tensor(loss))
+    run.log(epoch=epoch, step=3 * epoch, lr=0.1, knn=knn)
 
 
 def test_metrics_stand_once_after_a_resume(tmp_path):
     run = start_run(make_args(tmp_path))
-    parts = make_parts()
     row(run, 0, knn=30.0)
     row(run, 1)
-    run.save(*parts, 3, Dataset, 40.0, last=False)
+    run.save(3, 40.0, last=False)
     row(run, 2, knn=90.0)  # written, but the process dies before its checkpoint
     resumed = start_run(make_args(tmp_path), common.load_checkpoint(tmp_path))
     assert resumed.best == 40.0 and resumed.first == 30.0
     row(resumed, 2)
     rows = common.read_metrics(tmp_path)
     assert [r["epoch"] for r in rows] == [0, 1, 2] and rows[2]["knn"] == 40.0
-    assert list(rows[0]) == ["epoch", "step", "seconds", "loss", "lr", "images_per_second", "knn", "std"]
+    assert list(rows[1]) == ["epoch", "step", "seconds", "loss", "lr", "images_per_second", "knn", "std"]
     assert json.loads((tmp_path / "args.json").read_text())["width"] == 4
 
 
@@ -254,14 +265,13 @@ def test_a_cut_off_last_line_of_metrics_is_left_out(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     run = start_run(make_args(tmp_path))
-    with pytest.raises(common.UsageError, match="loss is nan.*--lr"):
+    with pytest.raises(common.UsageError, match="loss is nan at step 3 .*--lr"):
         row(run, 1, loss=float("nan"))
 
 
 def test_a_failed_write_keeps_the_former_checkpoint(tmp_path, monkeypatch):
     run = start_run(make_args(tmp_path))
-    parts = make_parts()
-    run.save(*parts, 3, Dataset, None, last=True)
+    run.save(3, None, last=True)
     before = (tmp_path / "last.pt").read_bytes()
 
     def full(state, file):
@@ -270,7 +280,7 @@ def test_a_failed_write_keeps_the_former_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(common.UsageError, match="No space left"):
-        run.save(*parts, 6, Dataset, None, last=True)
+        run.save(6, None, last=True)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
@@ -303,7 +313,7 @@ def test_a_strangers_file_is_refused_in_one_line(tmp_path, capsys):
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     run = start_run(make_args(tmp_path))
-    run.save(*make_parts(), 3, Dataset, None, last=True)
+    run.save(3, None, last=True)
     with pytest.raises(common.UsageError, match="simsiam.py"):
         common.load_checkpoint(tmp_path, "moco")
 

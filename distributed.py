@@ -1,0 +1,131 @@
+"""One process a device, under torchrun: what the processes of a run must agree on.
+
+    torchrun --nproc_per_node=8 moco.py --data ./food-11
+
+PyTorch's distributed engine does the work: NCCL between GPUs, Gloo between CPUs, gradients averaged by
+DistributedDataParallel. Every process draws the views of the whole batch from the same seed and keeps its own
+rows (augment.Share), so a seed trains the same run on one process and on eight, as far as the method allows.
+Process 0 alone prints, writes and evaluates.
+
+Without torchrun nothing here does anything: rank is 0, size is 1, and functions hand back what they got.
+"""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from common import UsageError
+
+
+def rank():
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device):
+    """Join the process group that torchrun's environment describes; one process a device.
+
+    device   torch.device of common.pick_device.
+    returns  torch.device of this process. Without torchrun: the same.
+    raises   UsageError where a machine has fewer GPUs than processes.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return device
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UsageError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: only "
+                             f"{torch.cuda.device_count()} GPUs here; one process a GPU, or --device cpu")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UsageError(f"--device {device.type}: several processes need GPUs (cuda) or --device cpu")
+    if not dist.is_initialized():
+        # Evaluation, by process 0 alone, and packing may take long: the others wait for it.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6),
+                                device_id=device if device.type == "cuda" else None)
+    return device
+
+
+def parallel(model, device, sync_bn=False):
+    """The model to call in the training loop: DistributedDataParallel around `model`, whose gradients are means.
+
+    sync_bn  on GPUs, BatchNorm sees the batch of all processes. (torch has no such layer for CPUs: there
+             each process normalises its own share.)
+    """
+    if not dist.is_initialized():
+        return model
+    if sync_bn and device.type == "cuda" and size() > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place but for the root, which is no BatchNorm
+    # Each process keeps running statistics of its own; those of process 0 are saved.
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+        gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def leader_first():
+    """The first process of each machine goes through alone (it packs pictures), then the others follow."""
+    if dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and int(os.environ["LOCAL_RANK"]) == 0:
+        dist.barrier()
+
+
+def same(value):
+    """Process 0's value, on every process; any plain value."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(x):
+    """(N, ...) of each process -> (size * N, ...) in the order of ranks, on every process; no gradient."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def mine(x):
+    """(size * N, ...) -> (N, ...), this process's rows of what gather() gave."""
+    return x.chunk(size())[rank()]
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """gather() whose backward hands every process the gradients that all processes have for its rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # The rows of process r stand in everybody's loss. Keeping one's own part of the gradient only
+        # would leave out what r's rows do as negatives elsewhere: 1/size of the truth.
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_gradient(x):
+    """(N, ...) of each process -> (size * N, ...), on every process.
+
+    The gradient of a row is the sum over all processes' losses. DistributedDataParallel takes the mean of the
+    processes' gradients: together the gradient of the mean of their losses.
+    """
+    return _GatherWithGradient.apply(x) if dist.is_initialized() else x
