@@ -316,6 +316,9 @@ def command(main):
         except KeyboardInterrupt:
             complain("\ninterrupted", 130)
         except (RuntimeError, MemoryError) as error:
+            if dist.is_initialized() and ("gloo" in str(error).lower() or isinstance(error, dist.DistError)):
+                complain(f"{name}: error: another process of this run ended; its own message says why. With torchrun "
+                         "--max-restarts N the run goes on from its last checkpoint", 1)
             if not out_of_memory(error):
                 raise
             batch = f" at --batch-size {Run.current.args.batch_size}" if Run.current else ""
@@ -710,9 +713,9 @@ class Run:
         self.before = self.checkpoint["seconds"]
 
     def _stop(self, number, frame):
-        if self.signal is not None:
+        if self.signal is not None and is_main():
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = number if is_main() else None  # were another process to leave first, it would be missed
 
     def close(self):
         """Give signals back to whom they belonged."""

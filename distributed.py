@@ -12,6 +12,7 @@ Without torchrun nothing here does anything: rank is 0, size is 1, and functions
 
 import contextlib
 import datetime
+import inspect
 import os
 
 import torch
@@ -66,10 +67,12 @@ def parallel(model, device, sync_bn=False):
         return model
     if sync_bn and device.type == "cuda" and size() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place but for the root, which is no BatchNorm
-    # Each process keeps running statistics of its own; those of process 0 are saved.
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
-        gradient_as_bucket_view=True)
+    # Each process keeps running statistics of its own; those of process 0 are saved. (The flag that says so
+    # has a new name in newer releases of torch.)
+    wrap = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(wrap).parameters
+    return wrap(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                **{"forward_sync_buffers" if new else "broadcast_buffers": False})
 
 
 @contextlib.contextmanager
