@@ -1,0 +1,207 @@
+"""A run that ends at any step and is resumed is the run that never ended; and what a run says when it must end."""
+
+import importlib
+import json
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+FLAGS = ["--width", "4", "--image-size", "16", "--stem", "cifar", "--epochs", "3", "--batch-size", "8", "--amp", "off",
+         "--device", "cpu", "--knn-k", "5", "--quiet"]
+METHODS = {"simsiam": ["--dim", "16", "--pred-dim", "8"], "moco": ["--queue-size", "32", "--dim", "16"],
+           "simclr": ["--optimizer", "lars", "--dim", "16"], "rotnet": ["--one-rotation"]}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    g = torch.Generator().manual_seed(0)
+    for i in range(40):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(torch.randint(0, 256, (16, 16, 3), generator=g, dtype=torch.uint8).numpy()).save(path)
+    return folder
+
+
+@pytest.fixture
+def train(pictures, tmp_path, monkeypatch):
+    """train("moco", flags...) trains in the folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pictures / ".cache"))
+
+    def start(method, *flags):
+        new = [] if "--resume" in flags else ["--data", pictures, *FLAGS, *METHODS[method]]
+        importlib.import_module(method).main([str(flag) for flag in (*new, *flags)])
+
+    return start
+
+
+def state(folder):
+    """All that must be the same, as one flat list: metrics without times, and the checkpoint without folder names."""
+    checkpoint = torch.load(f"{folder}/last.pt", weights_only=True)
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+            for row in common.read_metrics(folder)]
+    flat = [("metrics", json.dumps(rows))]
+
+    def walk(value, name):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key not in ("args", "seconds"):
+                    walk(inner, f"{name}.{key}")
+        elif isinstance(value, (list, tuple)) and any(torch.is_tensor(inner) for inner in value):
+            for i, inner in enumerate(value):
+                walk(inner, f"{name}[{i}]")
+        else:
+            flat.append((name, value.tolist() if torch.is_tensor(value) else value))
+
+    walk(checkpoint, "")
+    return flat
+
+
+def signal_at(monkeypatch, step, number=signal.SIGTERM):
+    """The process gets a signal while it works on this step."""
+    after_step = common.Run.after_step
+
+    def patched(self, at, lr, loss):
+        if at == step:
+            os.kill(os.getpid(), number)
+        after_step(self, at, lr, loss)
+
+    monkeypatch.setattr(common.Run, "after_step", patched)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ended_at_any_step_and_resumed_is_never_ended(train, monkeypatch, capsys, method):
+    train(method, "--out", "whole")  # 36 training images: 4 steps an epoch, 12 in all
+    arguments = ["--out", "ended"]
+    for step in (2, 4, 7):  # in mid-epoch, at the end of an epoch, in mid-epoch again
+        with monkeypatch.context() as patch:
+            signal_at(patch, step)
+            with pytest.raises(SystemExit) as end:
+                train(method, *arguments)
+        assert end.value.code == 128 + signal.SIGTERM
+        assert f"saved at step {step};" in (err := capsys.readouterr().err) and "--resume ended" in err
+        assert torch.load("ended/last.pt", weights_only=True)["step"] == step
+        arguments = ["--resume", "ended"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # given back
+    train(method, "--resume", "ended")
+    for one, two in zip(state("whole"), state("ended"), strict=True):
+        assert one == two
+    assert [row["epoch"] for row in common.read_metrics("ended")] == [0, 1, 2, 3]
+
+
+def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp_path, capsys):
+    for name, flags in {"old": ["--seed", "1"], "new": ["--seed", "1"], "other": ["--seed", "2"]}.items():
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            signal_at(patch, 2, signal.SIGINT)
+            train("simsiam", "--out", f"runs/{name}", *flags)
+    os.utime("runs/old/last.pt", (1e9, 1e9))
+    os.utime("runs/other/last.pt", (2e9, 2e9))
+    flags = [*FLAGS, *METHODS["simsiam"], "--data", str(common.load_checkpoint("runs/new")["args"]["data"])]
+    train("simsiam", *flags, "--seed", "1", "--resume")
+    steps = {name: common.load_checkpoint(f"runs/{name}")["step"] for name in ("old", "new", "other")}
+    assert steps == {"old": 2, "new": 12, "other": 2}
+    with pytest.raises(SystemExit) as end:
+        train("simsiam", *flags, "--seed", "3", "--resume")
+    assert end.value.code == 2 and "--resume: no run of simsiam" in capsys.readouterr().err
+
+
+def test_a_run_that_torchrun_restarts_goes_on_or_begins_anew(train, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train("simsiam", "--max-steps", "3")  # nothing to go on with
+    (run,) = os.listdir("runs")
+    train("simsiam", "--max-steps", "3")
+    assert os.listdir("runs") == [run]
+
+
+def test_minutes_between_checkpoints(train, monkeypatch):
+    saved = []
+    save = common.save_checkpoint
+    monkeypatch.setattr(common, "save_checkpoint", lambda path, state: (saved.append(state["step"]), save(path, state)))
+    train("simsiam", "--save-every", "1e-9min", "--max-steps", "3", "--knn-every", "0")
+    assert saved == [1, 2, 3]
+    saved.clear()
+    train("simsiam", "--save-every", "100min", "--knn-every", "0", "--out", "b")
+    assert saved == [12]  # the end
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_gone_wrong_stops_at_its_step(train, monkeypatch, capsys, broken):
+    import simsiam
+    loss, calls = simsiam.symmetric_loss, []
+
+    def breaks(*args, **kinds):
+        calls.append(1)
+        return loss(*args, **kinds) + (broken if len(calls) == 7 else 0)
+
+    monkeypatch.setattr(simsiam, "symmetric_loss", breaks)
+    with pytest.raises(SystemExit) as end:
+        train("simsiam", "--out", "run")
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and f"loss is {broken} at step 7 (lr" in err and len(err.splitlines()) == 1
+    assert len(calls) == 7
+    good = torch.load("run/last.pt", weights_only=True)  # of the first epoch
+    assert good["step"] == 4 and all(v.isfinite().all() for v in good["model"].values())
+
+
+def test_the_alarm_names_the_first_bad_step_where_losses_are_read_late(train, monkeypatch, capsys):
+    """As on a GPU, where the host does not look at every loss; no checkpoint may be written in between."""
+    import simsiam
+    loss, calls = simsiam.symmetric_loss, []
+
+    def breaks(*args, **kinds):
+        calls.append(1)
+        return loss(*args, **kinds) + (float("nan") if len(calls) == 6 else 0)
+
+    begin = common.Run.begin_epoch
+
+    def late(self, *args):
+        self.watches, self.checked = False, float("inf")
+        return begin(self, *args)
+
+    monkeypatch.setattr(simsiam, "symmetric_loss", breaks)
+    monkeypatch.setattr(common.Run, "begin_epoch", late)
+    with pytest.raises(SystemExit):
+        train("simsiam", "--out", "run")
+    assert "at step 6 (lr" in capsys.readouterr().err
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 4
+
+
+def test_out_of_memory_is_a_line(train, monkeypatch, capsys):
+    import simsiam
+
+    def too_much(*args, **kinds):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore\nlines")
+
+    monkeypatch.setattr(simsiam, "symmetric_loss", too_much)
+    with pytest.raises(SystemExit) as end:
+        train("simsiam", "--out", "run")
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "--batch-size 8; lower it" in err and len(err.splitlines()) == 1
+
+
+def test_a_disk_that_fills_up_leaves_the_former_checkpoint(train, monkeypatch, capsys):
+    """A real failed write: the process may not write files beyond a size that the second checkpoint exceeds."""
+    train("simsiam", "--out", "run", "--max-steps", "4")
+    before = state("run")
+    size = os.path.getsize("run/last.pt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        with pytest.raises(SystemExit) as end:
+            train("simsiam", "--resume", "run", "--max-steps", "8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "cannot write the checkpoint" in err and "the one before it stays" in err
+    assert state("run")[1:] == before[1:]
+    assert not [name for name in os.listdir("run") if name.startswith(".")]
+    train("simsiam", "--resume", "run", "--max-steps", "8")
+    assert common.load_checkpoint("run")["step"] == 8
