@@ -387,6 +387,14 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
+def png_file(text):
+    """An argparse type: a picture to write, checked before any work."""
+    path, folder = Path(text), Path(text).absolute().parent
+    if path.suffix.lower() != ".png" or path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} must be a .png file in a folder that can be written to")
+    return text
+
+
 def save_interval(text):
     """An argparse type: "3" epochs -> 3; "10min" stays what it is."""
     minutes = text.endswith("min")
@@ -428,7 +436,7 @@ def training_parser(doc, recipes):
     add("--knn-t", "temperature of their votes", type=real(above=0), default=0.1)
     add("--knn-split", "test: train on every training image and query the test split, as published CIFAR "
         "curves do; then it chooses nothing and there is no best.pt", choices=("val", "test"), default="val")
-    add("--views-png", "write what the network sees, a row an image, and leave", metavar="FILE")
+    add("--views-png", "write what the network sees, a row an image, and leave", metavar="FILE", type=png_file)
     add("--quiet", "print nothing but errors; log.txt still has it all", action="store_true")
     add("--tensorboard", "write the figures for TensorBoard too", action="store_true")
     add("--max-steps", "end after this many steps; the schedule is fitted to it", type=whole(low=1))

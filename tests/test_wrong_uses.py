@@ -1,0 +1,192 @@
+"""Wrong uses of every program: one line that names the flag or file and the fix, exit code 2, nothing begun."""
+
+import importlib
+import random
+import shutil
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+TINY = ["--width", "4", "--image-size", "16", "--stem", "cifar", "--batch-size", "4", "--amp", "off", "--quiet",
+        "--max-steps", "1", "--knn-every", "0"]
+
+
+def picture(path, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 12), tuple(rng.randint(0, 255) for _ in range(3))).save(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of things to get wrong; the programs run inside."""
+    place, rng = tmp_path_factory.mktemp("place"), random.Random(0)
+    for i in range(8):
+        picture(place / "few" / f"class{i % 2}" / f"{i}.jpg", rng)
+        picture(place / "loose" / f"{i}.jpg", rng)
+        picture(place / "one" / "only" / f"{i}.jpg", rng)
+        picture(place / "noval" / f"class{i}" / "0.jpg", rng)
+        picture(place / "onlyval" / "val" / "a" / f"{i}.jpg", rng)
+        for split in ("train", "val", "valid"):
+            picture(place / "twice" / split / "a" / f"{i}.jpg", rng)
+        picture(place / "newclass" / "train" / "a" / f"{i}.jpg", rng)
+        picture(place / "newclass" / "val" / "b" / f"{i}.jpg", rng)
+    (place / "empty").mkdir()
+    shutil.copytree(place / "few", place / "dirty")
+    (place / "dirty" / "class0" / "text.jpg").write_text("this is no picture")
+    (place / "file").write_text("a file")
+    (place / "broken.pt").write_bytes(b"not a checkpoint")
+    torch.save({"model": Evil()}, place / "evil.pt")
+    cache = ["--cache", str(place / "cache")]
+    for name, data, more in (("simsiam", "few", ["--dim", "8"]), ("moco", "few", ["--queue-size", "8"]),
+                             ("rotnet", "few", []), ("unlabelled", "loose", ["--dim", "8"])):
+        method = importlib.import_module("simsiam" if name == "unlabelled" else name)
+        method.main(["--data", str(place / data), "--out", str(place / name), *TINY, *cache, *more])
+    old = torch.load(place / "simsiam" / "last.pt", weights_only=True)
+    torch.save(old | {"version": 0}, place / "old.pt")
+    torch.save({"weight": torch.zeros(3)}, place / "weights.pt")
+    return place
+
+
+# program, flags, what the line must name
+CASES = [
+    # the data
+    ("simsiam", "--data ./nowhere", "--data ./nowhere"),
+    ("simsiam", "--data cifar11", "cifar11 cifar10"),
+    ("simsiam", "--data cifar10", "--data cifar10 --download --data-root"),
+    ("simsiam", "--data stl10 --data-root few", "stl10 --download"),
+    ("simsiam", "--data empty", "empty"),
+    ("simsiam", "--data file", "--data file"),
+    ("simsiam", "--data onlyval", "onlyval train"),
+    ("simsiam", "--data twice", "val valid"),
+    ("simsiam", "--data newclass", "b"),
+    ("simsiam", "--data dirty --batch-size 4", "text.jpg --skip-unreadable"),
+    ("simsiam", "--data few --batch-size 7", "--batch-size 7 6"),
+    ("moco", "--data few --batch-size 64", "--batch-size 64 6"),
+    ("simsiam", "--data few --batch-size 4 --cache file", "file --cache"),
+    # numbers and words
+    ("simsiam", "--stem vgg", "--stem"),
+    ("simsiam", "--learning-rate 1", "--learning-rate"),
+    ("simsiam", "--epoch 5", "--epoch"),
+    ("simsiam", "--epochs many", "--epochs many"),
+    ("simsiam", "--epochs 0", "--epochs 1"),
+    ("simsiam", "--epochs 2.5", "--epochs 2.5"),
+    ("simsiam", "--lr 0", "--lr 0"),
+    ("simsiam", "--lr nan", "--lr nan"),
+    ("simsiam", "--lr inf", "--lr inf"),
+    ("simsiam", "--lr=-0.1", "--lr -0.1"),
+    ("simsiam", "--batch-size 1", "--batch-size 2"),
+    ("simsiam", "--weight-decay=-1", "--weight-decay"),
+    ("simsiam", "--warmup-epochs=-1", "--warmup-epochs"),
+    ("simsiam", "--seed=-1", "--seed"),
+    ("simsiam", "--image-size 4", "--image-size 8"),
+    ("simsiam", "--width 0", "--width"),
+    ("simsiam", "--max-steps 0", "--max-steps"),
+    ("simsiam", "--knn-every=-1", "--knn-every"),
+    ("simsiam", "--knn-k 0", "--knn-k"),
+    ("simsiam", "--knn-t 0", "--knn-t"),
+    ("simsiam", "--knn-split train", "--knn-split val test"),
+    ("simsiam", "--save-every 0", "--save-every"),
+    ("simsiam", "--save-every 0min", "--save-every"),
+    ("simsiam", "--save-every soon", "--save-every"),
+    ("simsiam", "--amp int8", "--amp"),
+    ("simsiam", "--amp fp16 --device cpu", "--amp fp16 bf16"),
+    ("simsiam", "--device cuda:99", "--device cuda:99 auto"),
+    ("simsiam", "--device tpu", "--device tpu auto"),
+    ("simsiam", "--min-crop 0", "--min-crop"),
+    ("simsiam", "--min-crop 1.5", "--min-crop 1"),
+    ("simsiam", "--blur 2", "--blur"),
+    ("simsiam", "--proj-layers 4", "--proj-layers"),
+    ("moco", "--temperature 0", "--temperature"),
+    ("moco", "--momentum-encoder 1.5", "--momentum-encoder"),
+    ("moco", "--queue-size 0", "--queue-size"),
+    ("moco", "--data few --batch-size 4 --bn-splits 3", "--bn-splits 3 2"),
+    ("simclr", "--optimizer adam", "--optimizer"),
+    ("simclr", "--jitter-strength 9", "--jitter-strength"),
+    ("simclr", "--grey=-1", "--grey"),
+    ("rotnet", "--stop-at-accuracy 0", "--stop-at-accuracy"),
+    ("rotnet", "--stop-at-accuracy 90 --knn-split test", "--stop-at-accuracy --knn-split"),
+    ("rotnet", "--stop-at-accuracy 90 --data loose --batch-size 4", "--stop-at-accuracy validation"),
+    ("rotnet", "--focal-gamma=-1", "--focal-gamma"),
+    # where it goes
+    ("simsiam", "--data few --batch-size 4 --out file", "--out file"),
+    ("simsiam", "--data few --batch-size 4 --out file/below", "--out file/below"),
+    ("simsiam", "--out simsiam", "--out simsiam --resume"),
+    ("simsiam", "--data few --batch-size 4 --views-png nowhere/views.png", "nowhere/views.png"),
+    ("simsiam", "--data few --batch-size 4 --views-png views.xyz", "views.xyz"),
+    # going on with a run
+    ("simsiam", "--resume broken.pt", "broken.pt"),
+    ("simsiam", "--resume nowhere", "nowhere"),
+    ("simsiam", "--resume empty", "empty"),
+    ("simsiam", "--resume evil.pt", "evil.pt code"),
+    ("simsiam", "--resume weights.pt", "weights.pt"),
+    ("simsiam", "--resume old.pt", "old.pt form"),
+    ("simsiam", "--resume moco", "moco.py"),
+    ("simsiam", "--resume simsiam --width 8", "--width 4"),
+    ("simsiam", "--resume simsiam --batch-size 8", "--batch-size 4"),
+    ("simsiam", "--resume simsiam --out elsewhere", "--out simsiam"),
+    ("simsiam", "--resume simsiam --dim 16 --max-steps 2", "--resume"),
+    ("simsiam", "--seed 5 --resume", "--resume simsiam"),
+    # kNN
+    ("knn", "", "--checkpoint"),
+    ("knn", "--checkpoint broken.pt", "broken.pt"),
+    ("knn", "--checkpoint simsiam --layer layer5", "--layer"),
+    ("knn", "--checkpoint simsiam --k 0", "--k"),
+    ("knn", "--checkpoint simsiam --temperature 0", "--temperature"),
+    ("knn", "--checkpoint rotnet --projector", "--projector rotnet"),
+    ("knn", "--checkpoint simsiam --projector --layer layer3", "--projector --layer"),
+    ("knn", "--checkpoint simsiam --split test", "test"),
+    ("knn", "--checkpoint unlabelled", "labelled"),
+    ("knn", "--checkpoint simsiam --data ./nowhere", "--data ./nowhere"),
+    ("knn", "--checkpoint simsiam --neighbours nowhere/grid.png", "--neighbours nowhere/grid.png"),
+]
+
+
+@pytest.mark.parametrize("program, flags, words", CASES, ids=[f"{p} {f}" for p, f, _ in CASES])
+def test_wrong_use(place, monkeypatch, capsys, program, flags, words):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    before, began = set(place.iterdir()), time.perf_counter()
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(program).main(flags.split())
+    out, err = capsys.readouterr()
+    err = err.replace("\r", "\n").strip()
+    assert end.value.code == 2, err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+    assert all(word in err for word in words.split()), err
+    assert "code from a checkpoint ran" not in out
+    assert time.perf_counter() - began < 10
+    assert set(place.iterdir()) - before <= {place / "cache"}  # no run was begun
+
+
+def test_there_are_many_of_them():
+    assert len(CASES) >= 60
+
+
+def test_too_little_space_is_said_before_training(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    usage = shutil.disk_usage(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("simsiam").main(["--data", "few", "--out", "full", *TINY, "--cache", "cache"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "--out full" in err and "make room" in err
+    assert not (place / "full").exists()
+
+
+def test_a_folder_of_one_class_and_one_without_validation_train(place, monkeypatch, capsys):
+    """Neither is wrong for training without labels; what cannot be measured is said."""
+    monkeypatch.chdir(place)
+    for data, word in (("one", ""), ("noval", "no labelled val images")):
+        flags = [flag for flag in TINY if flag != "--quiet"]
+        importlib.import_module("simsiam").main(["--data", data, "--out", f"of-{data}", *flags, "--cache", "cache"])
+        assert word in capsys.readouterr().out
+        assert common.load_checkpoint(f"of-{data}")["step"] == 1
