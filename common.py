@@ -261,6 +261,17 @@ def pick_precision(name, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
 
+def compile_model(model, run):
+    """model.compile(), which goes on uncompiled (and says so) where torch.compile cannot work on this machine."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=next(model.parameters()).device))
+    except Exception as error:  # no C++ compiler, no Triton, a GPU too old: many kinds of errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+        run.say(f"note    --compile does not work here, going on without: {reason}")
+    else:
+        model.compile()
+
+
 def _cpu_multiplies_bf16():
     # Without AMX tiles bf16 convolutions are slower than float32 (measured with avx512_bf16 alone: 0.8 times).
     # torch 2.8 has no public question.

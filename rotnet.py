@@ -287,7 +287,7 @@ def main(argv=None):
     if step == 0 and args.knn_every:
         run.log(epoch=0, step=0, lr=None, **turned_right(), **monitor(model.backbone))
     if args.compile:
-        model.compile()
+        common.compile_model(model, run)
     network = distributed.parallel(model, device)                                               # [DDP]
 
     while step < total_steps:

@@ -244,23 +244,29 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                g, ratio = w.grad, 1.0
-                if w.ndim > 1:
-                    # g = dL/dw + wd w;  ratio = eta |w| / |g|                                        [L1]
-                    g = g + group["weight_decay"] * w
-                    w_norm, g_norm = w.norm(), g.norm()
-                    # With ratio 0, weights that start at zero would stay there for ever.
-                    moves = (w_norm > 0) & (g_norm > 0)
-                    ratio = torch.where(moves, group["eta"] * w_norm / g_norm, 1.0)
-                # v = m v + lr ratio g;  w = w - v.  lr stands inside: v remembers earlier rates.      [L1]
-                state = self.state[w]
-                if "velocity" not in state:
-                    state["velocity"] = torch.zeros_like(w)
-                state["velocity"].mul_(group["momentum"]).add_(g * (group["lr"] * ratio))
-                w.sub_(state["velocity"])
+            weights = [w for w in group["params"] if w.grad is not None]
+            if not weights:
+                continue
+            # One operation on the list of all tensors, not one on each: a GPU is asked 8 times, not 500.
+            matrices = [w for w in weights if w.ndim > 1]
+            gradients = {w: w.grad for w in weights}
+            if matrices:
+                # g = dL/dw + wd w;  ratio = eta |w| / |g|                                            [L1]
+                g = torch._foreach_add([w.grad for w in matrices], matrices, alpha=group["weight_decay"])
+                w_norm, g_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (matrices, g))
+                # With ratio 0, weights that start at zero would stay there for ever.
+                moves = (w_norm > 0) & (g_norm > 0)
+                ratio = torch.where(moves, group["eta"] * w_norm / g_norm, 1.0)                # (matrices,)
+                torch._foreach_mul_(g, list(ratio.unbind()))
+                gradients.update(zip(matrices, g, strict=True))
+            # v = m v + lr ratio g;  w = w - v.  lr stands inside: v remembers earlier rates.          [L1]
+            for w in weights:
+                if "velocity" not in self.state[w]:
+                    self.state[w]["velocity"] = torch.zeros_like(w)
+            velocities = [self.state[w]["velocity"] for w in weights]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, [gradients[w] for w in weights], alpha=group["lr"])
+            torch._foreach_sub_(weights, velocities)
         return loss
 
 
@@ -315,7 +321,7 @@ def main(argv=None):
     if step == 0 and args.knn_every:
         run.log(epoch=0, step=0, lr=None, **monitor(model.backbone))
     if args.compile:
-        model.compile()
+        common.compile_model(model, run)
     network = distributed.parallel(model, device, sync_bn=True)                                 # [DDP]
 
     while step < total_steps:                                                                   # [A1]
