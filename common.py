@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -289,8 +290,16 @@ NEWEST = "newest"  # --resume without a folder
 NAMED_DATA = ("toy", "cifar10", "cifar100", "stl10", "imagenette", "food101")
 
 
+def printable(text):
+    """One line for any terminal: line breaks, control characters and undecodable bytes of a file's name, escaped."""
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], text)
+
+
 class UsageError(Exception):
     """Something the user can mend: one line that names the flag or file and the fix."""
+
+    def __init__(self, text):
+        super().__init__(printable(text))
 
 
 class Interrupted(Exception):
@@ -421,7 +430,8 @@ def training_parser(doc, recipes):
     add("--data-root", "where cifar10 ... food101 lie or are downloaded to", default="./data")
     add("--download", "fetch the named data set into --data-root", action="store_true")
     add("--cache", "folder for packed pictures (default: in the user's cache folder)")
-    add("--skip-unreadable", "go on without pictures that cannot be read", action="store_true")
+    add("--skip-unreadable", "go on without pictures that cannot be read; they are counted and listed",
+        action="store_true")
     add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone",
         type=whole(low=8))
     add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "

@@ -11,6 +11,8 @@ Sources     "toy" (drawn here), cifar10, cifar100, stl10, imagenette, food101 (t
 Packed      images (N, 3, S, S) uint8, memory-mapped from the cache folder. Every picture is squashed to
             S x S and remembers its width/height in `aspect`, so that a crop can be drawn in the original
             geometry and no side of the picture is lost. Labelled images come first.
+Unreadable  pictures, of whatever kind, stop the program before training: one line, and a file that lists
+            them all with the reasons. With --skip-unreadable they are left out, counted and listed.
 Label       the position of the class in `classes`; -1 = unlabelled.
 
 Importing this file does nothing.
@@ -18,6 +20,7 @@ Importing this file does nothing.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -28,6 +31,7 @@ import pickle
 import queue
 import re
 import shutil
+import stat
 import textwrap
 import threading
 import time
@@ -42,9 +46,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import NAMED_DATA, Progress, UsageError
+from common import NAMED_DATA, Progress, UsageError, printable, write_atomically
+from toy import TOY_CLASSES, TOY_COUNT, TOY_VERSION, draw_toy
 
-FORMAT = 1  # of a packed store; raise it when the same source would give other bytes
+try:
+    import fcntl
+except ImportError:  # not on Windows: processes that pack the same do so beside each other
+    fcntl = None
+
+FORMAT = 2  # of a packed store; raise it when the same source would give other bytes
 MARKER = {  # what each set unpacks to, below the data root
     "cifar10": ("cifar-10-batches-py",),
     "cifar100": ("cifar-100-python",),
@@ -97,7 +107,7 @@ class Split:
     labels: torch.Tensor              # (N,) int64, -1 = unlabelled; the labelled ones come first
     aspect: torch.Tensor              # (N,) float32, width/height of the original
     paths: list                       # the file, or e.g. "cifar10/train/17"
-    skipped: int = 0                  # unreadable files that were left out
+    skipped: list = field(default_factory=list)  # left out: (file, why, whether the system refused to read it)
     held: dict = field(default_factory=dict, repr=False)  # device -> the images there, shared by Batches
 
     def __len__(self):
@@ -136,7 +146,7 @@ def open_source(data, root=None, download=False, holdout=0.1, seed=0):
     """
     if not 0 <= holdout < 1:
         raise UsageError(f"--holdout {holdout}: must be at least 0 and below 1")
-    data, root = os.path.expanduser(str(data)), os.path.expanduser(str(root or "./data"))
+    data, root = os.path.expanduser(str(data)), os.path.abspath(os.path.expanduser(str(root or "./data")))
     if data == "toy":
         return open_toy()
     if data in NAMED_DATA:
@@ -156,8 +166,8 @@ def open_source(data, root=None, download=False, holdout=0.1, seed=0):
                          f"--data {found[0]} --data-root {data}")
     if found:
         inside = os.path.basename(here) in MARKER[found[0]]
-        return open_named(found[0], os.path.dirname(here) if inside else data, False, holdout, seed)
-    return open_folder(data, holdout, seed)
+        return open_named(found[0], os.path.dirname(here) if inside else here, False, holdout, seed)
+    return open_folder(here, holdout, seed)
 
 
 def open_toy():
@@ -323,8 +333,8 @@ def open_folder(folder, holdout, seed, name=None, rename=None):
     if ignored:
         plural = "file that is no image" if len(ignored) == 1 else "files that are no images"
         notes.append(("ignored", f"{len(ignored):,} {plural}, such as {os.path.basename(ignored[0])}"))
-    name = name or re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(folder))).strip("-.") or "images"
-    return from_files(name, found, f"{folder}: {shape}", holdout, seed, notes)
+    name = name or re.sub(r"[^\w.-]+", "-", os.path.basename(folder)).strip("-.") or "images"
+    return from_files(name[:40], found, f"{folder}: {shape}", holdout, seed, notes)
 
 
 def read_folder(folder, ignored, notes):
@@ -337,19 +347,21 @@ def read_folder(folder, ignored, notes):
             raise UsageError(f"--data {folder}: {names} both look like the {split} split; rename one")
         if matching:
             split_folders[split] = matching[0]
+    loose = images_below(folder, ignored, deep=False)
     if "train" in split_folders:
         unlabeled = [s for s in subfolders if os.path.basename(s).lower() in UNLABELED]
+        used = {*split_folders.values(), *unlabeled}
+        note_unused(folder, loose, [s for s in subfolders if s not in used], notes)
         return read_splits(split_folders, unlabeled, ignored, notes)
     if split_folders and len(split_folders) == len(subfolders):
         raise UsageError(f"--data {folder}: has no train folder beside "
                          f"{' and '.join(map(os.path.basename, subfolders))}")
 
-    loose = images_below(folder, ignored, deep=False)
     if len(subfolders) == 1 and not loose:  # an archive that unpacked into one more folder
         return read_folder(subfolders[0], ignored, notes)
     classes = read_classes(subfolders, ignored)
     if classes:
-        note_loose(folder, loose, notes)
+        note_unused(folder, loose, [], notes)
         return {"train": classes}, "class folders without a split"
     if loose:
         notes.append(("", "no labels: nothing to measure kNN accuracy with"))
@@ -390,7 +402,9 @@ def read_split(folder, numbered, ignored, notes):
     found += [(path, None) for s in unlabeled for path in images_below(s, ignored)]
     loose = images_below(folder, ignored, deep=False)
     if found:
-        note_loose(folder, loose, notes)
+        note_unused(folder, loose, [s for s in subfolders if s not in {*labeled, *unlabeled, *classes}], notes)
+        for s in labeled:
+            note_unused(s, images_below(s, ignored, deep=False), [], notes)
         return found
     number = [re.match(r"([0-9]+)_", os.path.basename(path)) if numbered else None for path in loose]
     return [(path, match and match[1]) for path, match in zip(loose, number, strict=True)]
@@ -401,9 +415,13 @@ def read_classes(folders, ignored):
     return [(path, os.path.basename(f)) for f in folders for path in images_below(f, ignored)]
 
 
-def note_loose(folder, loose, notes):
+def note_unused(folder, loose, unused, notes):
+    """Says which images and folders in `folder` have no place in the shape that was recognised."""
+    name = os.path.basename(folder)
     if loose:
-        notes.append(("ignored", f"{len(loose):,} loose images beside the folders in {folder}"))
+        notes.append(("ignored", f"{len(loose):,} loose images beside the folders in {name}"))
+    if unused:
+        notes.append(("ignored", f"the folders {', '.join(map(os.path.basename, unused))} in {name}"))
 
 
 def natural(text):
@@ -415,38 +433,55 @@ def hidden(name):
     return name.startswith(".") or name == "__MACOSX"
 
 
-def visible_folders(folder):
+def listed(folder):
+    """Names of the subfolders and of the files, in natural order. A link counts as what it leads to."""
     try:
-        names = [e.name for e in os.scandir(folder) if e.is_dir() and not hidden(e.name)]
+        entries = [(e.name, os.path.isdir(e) if e.is_symlink() else e.is_dir()) for e in os.scandir(folder)]
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be read ({error.strerror})") from error
-    return [os.path.join(folder, name) for name in sorted(names, key=natural)]
+        raise UsageError(f"{printable(folder)}: cannot be read ({error.strerror})") from error
+    entries.sort(key=lambda entry: natural(entry[0]))
+    return [name for name, is_folder in entries if is_folder], [name for name, is_folder in entries if not is_folder]
+
+
+def visible_folders(folder):
+    return [os.path.join(folder, name) for name in listed(folder)[0] if not hidden(name)]
 
 
 def images_below(folder, ignored, deep=True):
-    """Paths of the images in `folder` and its subfolders, in natural order; other files go to `ignored`."""
-    def refuse(error):
-        raise UsageError(f"{error.filename}: cannot be read ({error.strerror})")
+    """Paths of the images in `folder` and its subfolders, in natural order; other files go to `ignored`.
 
-    extensions, seen, found = image_extensions(), set(), []
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        identity = os.stat(here)
-        if (identity.st_dev, identity.st_ino) in seen:  # a link back to where we have been
-            folders.clear()
+    Links are followed, but a folder that two of them lead to is read once, and one that we are inside of not at all.
+    A link that leads nowhere is an image (that cannot be read) if its name says so. Otherwise it may have been a
+    folder of them, which must not be missing unnoticed.
+    """
+    extensions, found, todo = image_extensions(), [], [str(folder)]
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
+    while todo:
+        here = todo.pop()
+        if os.path.realpath(here) in seen:
             continue
-        seen.add((identity.st_dev, identity.st_ino))
-        folders[:] = sorted((f for f in folders if deep and not hidden(f)), key=natural)
-        for name in sorted(files, key=natural):
-            good = not hidden(name) and os.path.splitext(name)[1].lower() in extensions
-            (found if good else ignored).append(os.path.join(here, name))
+        seen.add(os.path.realpath(here))
+        folders, files = listed(here)
+        for name in files:
+            path = os.path.join(here, name)
+            is_image = os.path.splitext(name)[1].lower() in extensions and not hidden(name)
+            (found if is_image else ignored).append(path)
+            if not is_image and not hidden(name) and os.path.islink(path) and not os.path.exists(path):
+                raise UsageError(f"{printable(path)}: a link that leads nowhere; mend or remove it")
+        todo += [os.path.join(here, name) for name in reversed(folders) if deep and not hidden(name)]
     return found
 
 
+@functools.cache
+def image_formats():
+    """What Pillow decodes by itself, the usual formats first. EPS would start another program, Ghostscript."""
+    Image.preinit()
+    Image.init()
+    return [name for name in Image.ID if name not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}]
+
+
 def image_extensions():
-    """Of all formats that Pillow opens, save those it only knows by name, and EPS, which runs a program."""
-    not_decoded = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-    known = Image.registered_extensions()
-    return {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in not_decoded}
+    return {ending for ending, name in Image.registered_extensions().items() if name in image_formats()}
 
 
 def from_files(name, found, headline, holdout, seed, notes=()):
@@ -456,33 +491,34 @@ def from_files(name, found, headline, holdout, seed, notes=()):
     for split in ("val", "test"):
         for path, c in found.get(split, ()):
             if c not in number:
-                raise UsageError(f'{path}: class "{c}" of the {split} split has no training images; '
-                                 "add it to the training split or remove it")
-    listed = {s: [(path, number[c]) for path, c in found.get(s, ())] for s in SPLITS}
-    if not listed["train"]:
+                raise UsageError(printable(f'{path}: class "{c}" of the {split} split has no training images; '
+                                           "add it to the training split or remove it"))
+    rows = {s: [(path, number[c]) for path, c in found.get(s, ())] for s in SPLITS}
+    if not rows["train"]:
         raise UsageError(f"--data {headline.split(':')[0]}: no images in the training split")
     held = None
-    if not listed["val"]:
-        mask = hold_out(torch.tensor([label for _, label in listed["train"]]), holdout, seed).tolist()
-        held = listed["val"] = list(itertools.compress(listed["train"], mask))
-        listed["train"] = [item for item, out in zip(listed["train"], mask, strict=True) if not out]
+    if not rows["val"]:
+        mask = hold_out(torch.tensor([label for _, label in rows["train"]]), holdout, seed).tolist()
+        held = rows["val"] = list(itertools.compress(rows["train"], mask))
+        rows["train"] = [item for item, out in zip(rows["train"], mask, strict=True) if not out]
     splits = {}
-    for split, items in listed.items():
+    for split, items in rows.items():
         items = sorted(items, key=lambda item: item[1] < 0)  # stable: the labelled ones first
         labels, unlabelled = [label for _, label in items], sum(label < 0 for _, label in items)
         counts = (len(items) - unlabelled, unlabelled)
         splits[split] = Items(labels, [path for path, _ in items], counts=counts) if items else None
     kind, statistics = kind_of(splits["train"], classes)
-    source = Source(name, kind, classes, *statistics, splits)
+    source = Source(name, kind, list(map(printable, classes)), *statistics, splits)
     return described(source, headline, [*held_note(held, holdout), *notes])
 
 
 def kind_of(train, classes):
     """CIFAR exported as image files is still CIFAR; everything else is photos."""
     small, typical = False, {10: "frog", 100: "aquarium_fish"}
-    if typical.get(len(classes)) in classes:
-        with contextlib.suppress(Exception), Image.open(train.files[0]) as image:  # broken ones: see `pack`
+    for path in train.files[:20] if typical.get(len(classes)) in classes else ():
+        with contextlib.suppress(Exception), open_image(path) as image:  # the first that is not broken
             small = image.size == (32, 32)
+            break
     return ("cifar", STATISTICS[f"cifar{len(classes)}"]) if small else ("photos", STATISTICS["imagenet"])
 
 
@@ -518,7 +554,7 @@ def described(source, headline, notes=()):
     classes = source.classes[:12] + (["..."] if len(source.classes) > 12 else [])
     rows.append(("classes", f"{len(source.classes)}: {', '.join(classes)}" if classes else "none"))
     for title, text in [*rows, *notes]:
-        source.description += textwrap.wrap(text, 78, break_on_hyphens=False,
+        source.description += textwrap.wrap(printable(text), 78, break_on_hyphens=False,
                                             initial_indent=f"{title:<12}", subsequent_indent=" " * 12)
     return source
 
@@ -543,61 +579,96 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
     skip_unreadable  leave out files that cannot be decoded, instead of refusing the source.
     workers          threads that decode, default one per core that this process may use.
     returns          Dataset.
-    raises           UsageError: unreadable files, a cache folder that cannot be written.
+    raises           UsageError: unreadable files (all of them listed in <cache>/<name>-unreadable.txt), a split
+                     of which nothing can be read, a cache folder that cannot be written.
     """
     if size < 1:
         raise UsageError(f"--image-size {size}: must be at least 1")
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "unlabeled")
-    cache = Path(cache or default).expanduser().absolute()
-    packed = {}
+    try:
+        default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "unlabeled")
+        cache = Path(cache or default).expanduser().absolute()
+    except RuntimeError:  # a user without a home, in a container
+        raise UsageError("no home folder to keep packed images in; choose a folder with --cache") from None
+    packed = dict.fromkeys(SPLITS)
     for split in SPLITS:
         items = source.splits.get(split) if split in splits else None
         if items is not None:
-            final = cache / f"{source.name}-{split}-{size}-{store_key(items, size, skip_unreadable)}"
-            items = pack_split(final, split, items, size, quiet, skip_unreadable, workers)
-        packed[split] = items
+            final = cache / f"{source.name}-{split}-{size}-{store_key(items, size)}"
+            packed[split] = pack_split(final, split, items, size, quiet, workers)
+    report_unreadable(packed, source, cache, skip_unreadable, quiet)
     return Dataset(packed["train"], packed["val"], packed["test"], source.classes, source.mean, source.std,
                    size, source.name, source.kind)
 
 
-def pack_split(final, split, items, size, quiet, skip_unreadable, workers):
+def pack_split(final, split, items, size, quiet, workers):
     """The store `final` of one split as a Split, built if it is not there."""
-    cache = final.parent
     packed = open_store(final)
-    if packed is None:
-        started = time.perf_counter()
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(cache)
-            temporary = cache / f".packing-{uuid.uuid4().hex}"
-            temporary.mkdir()
-            try:
-                write = write_arrays if items.load else write_files
-                write(temporary, items, size, f"packing {split}", quiet, skip_unreadable, workers)
-                packed = publish(temporary, final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        except OSError as error:
-            raise UsageError(f"cannot keep packed images in {cache} ({error.strerror or one_line(error)}); "
-                             "make room there or choose another folder with --cache") from error
-        if not quiet:
-            print(f"packed {split}: {len(packed):,} images of {size} x {size} in "
-                  f"{time.perf_counter() - started:.1f} s", flush=True)
-    if packed.skipped and not quiet:
-        print(f"left out {packed.skipped:,} unreadable images of the {split} split", flush=True)
+    try:
+        if packed is not None and any(refused and readable(path, size) for path, _, refused in packed.skipped):
+            discard(final)
+            packed = None
+        if packed is None:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(final.parent)
+        while packed is None:
+            with packing_folder(final, quiet) as folder:
+                packed = open_store(final)  # perhaps the work of the process that we waited for
+                if packed is None and folder is not None:
+                    started, write = time.perf_counter(), write_arrays if items.load else write_files
+                    write(folder, items, size, f"packing {split}", quiet, workers)
+                    if not final.name.endswith(store_key(items, size)):
+                        raise UsageError(f"the {split} images changed while they were packed; start again once "
+                                         "nothing writes to them any more")
+                    packed = publish(folder, final)
+                    if not quiet:
+                        bad = f", {len(packed.skipped):,} unreadable" if packed.skipped else ""
+                        print(f"packed {split}: {len(packed):,} images of {size} x {size} in "
+                              f"{time.perf_counter() - started:.1f} s{bad}", flush=True)
+    except OSError as error:
+        raise UsageError(f"cannot keep packed images in {final.parent} ({error.strerror or one_line(error)}); "
+                         "make room there or choose another folder with --cache") from error
     return packed
 
 
-def store_key(items, size, skip_unreadable):
+def report_unreadable(packed, source, cache, skipping, quiet):
+    """Lists what cannot be read, of all splits together, in a file, and says so; raises unless `skipping`."""
+    counts = {s: (len(split), len(split.skipped)) for s, split in packed.items() if split is not None}
+    bad = [(printable(path), why) for s in counts for path, why, _ in packed[s].skipped]
+    if not bad:
+        return
+    listing = cache / f"{source.name}-unreadable.txt"
+    where = f"listed in {listing}"
+    try:
+        write_atomically(listing, "".join(f"{path}\t{why}\n" for path, why in bad).encode())
+    except OSError as error:
+        where = f"{listing} cannot be written: {error.strerror}"
+    empty = [s for s, (good, _) in counts.items() if not good]
+    if empty or not skipping:
+        first = "; ".join(f"{path} ({why})" for path, why in bad[:3])
+        more = f"; and {len(bad) - 3:,} more" if len(bad) > 3 else ""
+        fix = (f"nothing is left of the {' and '.join(empty)} split" if skipping
+               else "or go on without them: --skip-unreadable")
+        raise UsageError(f"{len(bad):,} of {sum(map(sum, counts.values())):,} images cannot be read: {first}{more} "
+                         f"({where}); repair or remove them, {fix}")
+    for s, (good, left_out) in counts.items():
+        if left_out and not quiet:
+            gone = sorted({*source.splits[s].labels} - {*packed[s].labels.tolist(), -1})
+            print(f"left out {left_out:,} of {good + left_out:,} {s} images that cannot be read" +
+                  (f"; none is left of class {', '.join(source.classes[c] for c in gone)}" if gone else ""))
+    if not quiet:
+        print(where, flush=True)
+
+
+def store_key(items, size):
     """Changes when a file is added, removed, renamed, relabelled or written to, or when S changes."""
-    digest = hashlib.sha256(repr((FORMAT, size, skip_unreadable, items.tag, items.labels)).encode())
+    digest = hashlib.sha256(repr((FORMAT, size, items.tag, items.labels)).encode())
     for path in items.files:
         try:
-            stat = os.stat(path)
-            facts = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+            found = os.stat(path)
+            facts = found.st_size, found.st_mtime_ns
         except OSError:  # gone meanwhile: decoding will say so
-            facts = (os.path.abspath(path), None, None)
-        digest.update(repr(facts).encode())
+            facts = None
+        digest.update(repr((path, facts)).encode())
     return digest.hexdigest()[:20]
 
 
@@ -610,16 +681,23 @@ def map_bytes(path, count):
 
 
 def open_store(folder):
-    """-> Split, or None if there is no complete store."""
+    """-> Split, or None if there is no complete store.
+
+    The meta file ends with its checksum: a label or path that changed would go unnoticed. The pixels have none.
+    They were on the disk before the store got its name, reading them all would take as long as a start must not,
+    and a flipped byte is a pixel of another shade.
+    """
     try:
-        meta = torch.load(folder / "meta.pt", weights_only=True)
-        count, size, skipped = meta["shape"]
-        paths = os.fsdecode(meta["paths"].encode("latin1")).split("\0")
-        whole = os.path.getsize(folder / "images.bin") == count * 3 * size * size
-        if not (whole and len(meta["labels"]) == len(meta["aspect"]) == len(paths) == count):
+        content = (folder / "meta.pt").read_bytes()
+        if content[-32:] != hashlib.sha256(content[:-32]).digest():
             return None
-        images = map_bytes(folder / "images.bin", count * 3 * size * size).view(count, 3, size, size)
-        return Split(images, meta["labels"], meta["aspect"], paths, skipped)
+        meta = torch.load(io.BytesIO(content[:-32]), weights_only=True)
+        count, size = meta["shape"]
+        if os.path.getsize(folder / "images.bin") != count * 3 * size * size:
+            return None
+        pixels = map_bytes(folder / "images.bin", count * 3 * size * size) if count else torch.empty(0).byte()
+        paths = meta["paths"].split("\0") if count else []
+        return Split(pixels.view(count, 3, size, size), meta["labels"], meta["aspect"], paths, meta["skipped"])
     except Exception:  # absent or damaged, in whatever way: it is built anew
         return None
 
@@ -627,27 +705,83 @@ def open_store(folder):
 def create_images(folder, count, size):
     """A new images.bin with its disk space reserved: a mapping that meets a full disk kills the process."""
     needed, path = count * 3 * size * size, folder / "images.bin"
-    if shutil.disk_usage(folder).free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"disk full: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, needed)
-    return torch.from_file(str(path), shared=True, size=needed, dtype=torch.uint8).view(count, 3, size, size)
+    try:
+        return torch.from_file(str(path), shared=True, size=needed, dtype=torch.uint8).view(count, 3, size, size)
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, one_line(error)) from error
 
 
-def finish_store(folder, labels, aspect, paths, size, skipped):
+def finish_store(folder, labels, aspect, paths, size, skipped=()):
     """Writes the meta file and sees to it that everything is on the disk."""
     buffer = io.BytesIO()
     torch.save({
-        "shape": [len(paths), size, skipped],
+        "shape": [len(paths), size],
         "labels": labels,
         "aspect": aspect,
-        "paths": os.fsencode("\0".join(paths)).decode("latin1"),  # survives names that are no UTF-8
+        "paths": "\0".join(paths),  # one string: reading a million would take seconds
+        "skipped": list(skipped),
     }, buffer)
-    (folder / "meta.pt").write_bytes(buffer.getvalue())
+    content = buffer.getvalue()
+    (folder / "meta.pt").write_bytes(content + hashlib.sha256(content).digest())
     for name in ("images.bin", "meta.pt"):
         with open(folder / name, "rb+") as file:
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def packing_folder(final, quiet):
+    """A folder beside `final` to pack into, locked; removed at the end unless it was published.
+
+    Others who want to pack the same wait here, and get None if the folder is gone when their turn comes. A lock
+    ends with its process: what a killed one left is recognised by that. Where the file system knows no locks,
+    each process packs into a folder of its own.
+    """
+    folder = final.with_name(f".packing-{final.name}")
+    folder.mkdir(exist_ok=True)
+    try:
+        lock = open(folder / "lock", "ab")
+    except FileNotFoundError:  # published or removed at this moment
+        yield None
+        return
+    with lock:
+        try:
+            lock_file(lock)
+        except BlockingIOError:
+            if not quiet:
+                print("waiting for another process that packs the same images", flush=True)
+            lock_file(lock, wait=True)
+        except OSError:
+            folder, lock = folder.with_name(f".packing-{uuid.uuid4().hex}"), None
+            folder.mkdir()
+        if not holds(lock, folder):
+            yield None
+            return
+        try:
+            yield folder
+        finally:
+            if holds(lock, folder):
+                discard(folder)
+
+
+def lock_file(file, wait=False):
+    """Locks an open file until it is closed. raises: BlockingIOError if another has it, OSError without locks."""
+    if fcntl is None:
+        raise OSError("no locks on this system")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def holds(lock, folder):
+    """Whether `lock` is still that of `folder`. (A published folder took its lock along.) Without locks: True."""
+    try:
+        return lock is None or os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
+    except FileNotFoundError:
+        return False
 
 
 def publish(temporary, final):
@@ -658,22 +792,37 @@ def publish(temporary, final):
         packed = open_store(final)
         if packed is not None:
             return packed
-        aside = final.with_name(f".packing-{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError):
-            os.rename(final, aside)  # a damaged one, out of the way
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(final)  # a damaged one
     raise OSError(f"{final.name} cannot be replaced")
 
 
+def discard(path):
+    """Removes a folder or file, at once for everyone who looks for it."""
+    aside = path.with_name(f".packing-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError):
+        os.rename(path, aside)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
+
+
 def remove_leftovers(cache):
-    """Half-written stores of processes that were killed, a day old at least."""
+    """Half-written stores of processes that were killed; without a lock to tell, those a day old."""
     for folder in cache.glob(".packing-*"):
-        with contextlib.suppress(OSError):  # another process may be done with it at this moment
-            if time.time() - folder.stat().st_mtime > 86400:
-                shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with open(folder / "lock", "rb+") as lock:
+                lock_file(lock)
+                discard(folder)
+        except BlockingIOError:  # its process lives
+            pass
+        except OSError:
+            with contextlib.suppress(OSError):
+                if time.time() - folder.lstat().st_mtime > 86400:
+                    discard(folder)
 
 
-def write_arrays(folder, items, size, label, quiet, skip_unreadable, workers):
+def write_arrays(folder, items, size, label, quiet, workers):
     """Packs a split that comes as pixels already."""
     labels, names, chunks = items.load(size)
     images, done = create_images(folder, len(names), size), 0
@@ -686,10 +835,10 @@ def write_arrays(folder, items, size, label, quiet, skip_unreadable, workers):
         done += len(chunk)
         progress.update(done)
     progress.close()
-    finish_store(folder, torch.tensor(labels), torch.ones(len(names)), names, size, 0)
+    finish_store(folder, torch.tensor(labels), torch.ones(len(names)), names, size)
 
 
-def write_files(folder, items, size, label, quiet, skip_unreadable, workers):
+def write_files(folder, items, size, label, quiet, workers):
     """Packs image files, in threads: Pillow decodes and resizes without holding Python's lock."""
     count = len(items.files)
     images, aspect, bad = create_images(folder, count, size), torch.ones(count), {}
@@ -700,7 +849,8 @@ def write_files(folder, items, size, label, quiet, skip_unreadable, workers):
                 pixels, aspect[i] = decode(items.files[i], size)
                 images[i] = pixels
             except Exception as error:  # broken files raise almost anything
-                bad[i] = one_line(error, items.files[i])
+                refused = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+                bad[i] = (items.files[i], one_line(error, items.files[i]), refused)
         return len(rows)
 
     parts = [range(i, min(i + 16, count)) for i in range(0, count, 16)]
@@ -715,8 +865,6 @@ def write_files(folder, items, size, label, quiet, skip_unreadable, workers):
         finally:
             pool.shutdown(cancel_futures=True)
             progress.close()
-    if bad and (not skip_unreadable or len(bad) == count):
-        raise unreadable(bad, items.files, skip_unreadable)
 
     kept = [i for i in range(count) if i not in bad]
     if bad:
@@ -724,29 +872,29 @@ def write_files(folder, items, size, label, quiet, skip_unreadable, workers):
             images[new] = images[old]
         del images
         os.truncate(folder / "images.bin", len(kept) * 3 * size * size)
-    labels = torch.tensor(items.labels)
-    finish_store(folder, labels[kept], aspect[kept], [items.files[i] for i in kept], size, len(bad))
+    finish_store(folder, torch.tensor(items.labels)[kept], aspect[kept], [items.files[i] for i in kept], size,
+                 [bad[i] for i in sorted(bad)])
 
 
 def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def unreadable(bad, files, skipping):
-    first = "; ".join(f"{files[i]} ({bad[i]})" for i in sorted(bad)[:3])
-    more = f"; and {len(bad) - 3:,} more" if len(bad) > 3 else ""
-    fix = "none is left" if skipping else "repair or remove them, or go on without them: --skip-unreadable"
-    return UsageError(f"{len(bad):,} of {len(files):,} images cannot be read: {first}{more}; {fix}")
+def readable(path, size):
+    try:
+        return decode(path, size) is not None
+    except Exception:
+        return False
 
 
 def one_line(error, path=""):
     """An exception in a few words, without the path that the line names anyway."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "empty file" if os.path.getsize(path) == 0 else "no image"
+        return "empty file" if os.path.isfile(path) and not os.path.getsize(path) else "no image"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if getattr(error, "filename", None) not in (None, path):
         text += f": {error.filename}"
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= 120 else text[:117] + "..."
 
 
@@ -759,6 +907,7 @@ TURNED = {  # EXIF orientation -> what sets the picture upright
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+HUGE = threading.Lock()  # pictures of more than 33 million pixels are decoded one at a time
 
 
 def decode(path, size):
@@ -767,26 +916,39 @@ def decode(path, size):
     A JPEG much larger than S is decoded at 1/2, 1/4 or 1/8: its 8 x 8 blocks are cosine transforms, and a
     smaller inverse transform gives the smaller picture without computing the large one.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
         width, height = image.size
-        if image.format in ("JPEG", "MPO"):
+        scaled = image.format in ("JPEG", "MPO")
+        if scaled:
             image.draft(None, (size, size))  # never below S on either side
+        # On each core a picture of the largest size would need half a GB or more.
+        with HUGE if image.width * image.height > 2**25 else contextlib.nullcontext():
             image.load()
-        else:
-            image.load()
-            width, height = image.size  # a TIFF turns itself upright while loading
-        try:
-            orientation = image.getexif().get(0x0112, 1)
-        except Exception:  # a garbled EXIF block leaves the pixels readable
-            orientation = 1
-        image = to_rgb(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)  # a triangle filter: antialiased
+            if not scaled:
+                width, height = image.size  # a TIFF turns itself upright while loading
+            try:
+                orientation = image.getexif().get(0x0112, 1)
+            except Exception:  # a garbled EXIF block leaves the pixels readable
+                orientation = 1
+            image = to_rgb(image)
+            if image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.BILINEAR)  # a triangle filter: antialiased
     if orientation in TURNED:  # a square may be turned after squashing as well as before
         image = image.transpose(TURNED[orientation])
         width, height = (height, width) if orientation >= 5 else (width, height)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)       # (S*S*3,)
     return pixels.view(size, size, 3).permute(2, 0, 1), width / height             # (3, S, S)
+
+
+def open_image(path):
+    """Pillow's image of a regular file, its pixels not read yet.
+
+    Raises for everything else (a pipe would be waited for), and for pictures of more than 179 million pixels:
+    a file of a few bytes can claim any number.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    return Image.open(path, formats=image_formats())  # by the file's content, whatever its name says
 
 
 def to_rgb(image):
@@ -814,104 +976,13 @@ def to_grey8(image):
     low, high = 0, 65535 if whole else 1
     image = image.convert("F")
     darkest, brightest = image.getextrema()
+    if not math.isfinite(brightest - darkest):
+        raise ValueError("infinite or undefined brightness")
     if darkest < low or brightest > high:
         low, high = darkest, brightest
     scale = 255 / max(high - low, 1e-12)
     image = image.point(lambda v: v * scale + (0.5 - low * scale))  # + 0.5: `convert` cuts off
     return image.convert("L")
-
-
-# ------------------------------------------------------------------------------------------------
-# The toy set
-# ------------------------------------------------------------------------------------------------
-
-TOY_VERSION = 4  # raise it when other pixels are drawn
-TOY_COUNT = {"train": 4000, "val": 1000, "test": 1000}
-TOY_CLASSES = ("disc", "ring", "square", "triangle", "plus", "T", "L", "crescent", "star", "two-bars")
-
-
-def draw_toy(split, size):
-    """Yields (n, 3, S, S) uint8: image i is a cut from an endless pattern of light copies of glyph i % 10.
-
-    Images of a class differ in what random crops and colour jitter draw anew anyway: where the cut lies, its
-    zoom, how dark the ground and how light the ink. So what two crops of an image share, and crops of other
-    images lack, is the glyph, and a method that finds features common to two crops finds the class. When
-    images were also dark on light, coloured, or irregular, methods told the images apart by that instead.
-    Doubles, so that rounding is the same on every machine.
-    """
-    generator = torch.Generator().manual_seed(20_000 + list(TOY_COUNT).index(split))
-    count = TOY_COUNT[split]
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    # The image shows the plane from -1 to 1; a grid of 5 x 5 copies, 2/3 apart, always covers it.
-    grid = torch.arange(-2, 3, dtype=torch.float64) * (2 / 3)
-    zoom, shift = uniform(1 / 1.2, 1.2, count, 1), uniform(-1 / 3, 1 / 3, count, 2)
-    x = zoom * (grid.repeat(5) + shift[:, :1] + uniform(-0.04, 0.04, count, 25))                # (N, 25)
-    y = zoom * (grid.repeat_interleave(5) + shift[:, 1:] + uniform(-0.04, 0.04, count, 25))
-    half = zoom * uniform(0.36, 0.42, count, 1) * uniform(0.9, 1.1, count, 25)                   # half a glyph's size
-    angle = uniform(-math.pi / 10, math.pi / 10, count, 25)                                     # 18 degrees each way
-    ground, ink = uniform(0.1, 0.3, count, 1, 1), uniform(0.7, 0.9, count, 1, 1)
-    slope = uniform(-0.01, 0.01, count, 2, 1, 1)
-
-    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 / size) - 1         # pixel centres
-    step = max(10, 200 * 1024 // size**2 // 10 * 10)                                # images at a time
-    for a in range(0, count, step):
-        n = min(step, count - a)
-        cover = torch.empty(n, size, size, dtype=torch.float64)
-        for c, name in enumerate(TOY_CLASSES):
-            rows = slice(a + c, a + n, 10)
-            dx = axis - x[rows, :, None, None]                                      # (n/10, 25, 1, S)
-            dy = axis[:, None] - y[rows, :, None, None]                             # (n/10, 25, S, 1)
-            cos, sin = (f(angle[rows, :, None, None]) / half[rows, :, None, None] for f in (torch.cos, torch.sin))
-            distance = glyph(name, dx * cos + dy * sin, dy * cos - dx * sin) * half[rows, :, None, None]
-            # One pixel is 2/S wide: the edge is soft over that width.
-            cover[c::10] = (0.5 - distance.amin(dim=1) * (size / 2)).clamp(0, 1)    # (n/10, S, S)
-        rows = slice(a, a + n)
-        grey = ground[rows] + (ink - ground)[rows] * cover                          # (n, S, S)
-        grey = grey + slope[rows, 0] * axis + slope[rows, 1] * axis[:, None]
-        grey = grey + uniform(-0.02, 0.02, n, size, size)
-        yield (grey.clamp(0, 1) * 255).round().to(torch.uint8)[:, None].repeat(1, 3, 1, 1)
-
-
-def glyph(name, u, v):
-    """About the distance to the edge of a glyph, negative inside. u to the right, v down, the glyph within -1..1."""
-    def box(cu, cv, hu, hv):
-        return torch.maximum((u - cu).abs() - hu, (v - cv).abs() - hv)
-
-    def disc(cu, radius):  # r - R, but for a factor (r + R) / 2R that is 1 at the edge; no square root
-        return ((u - cu) ** 2 + v**2 - radius**2) / (2 * radius)
-
-    def edges(sides, inner):  # the largest and the second largest distance to lines around the origin
-        first = second = torch.full_like(u, -math.inf)
-        for i in range(sides):
-            turn = 2 * math.pi * i / sides
-            one = u * math.sin(turn) + v * math.cos(turn) - inner
-            first, second = torch.maximum(first, one), torch.maximum(second, torch.minimum(first, one))
-        return first, second
-
-    match name:
-        case "disc":
-            return disc(0, 0.72)
-        case "ring":
-            return disc(0, 0.6).abs() - 0.16
-        case "square":
-            return box(0, 0, 0.64, 0.64)
-        case "triangle":
-            return edges(3, 0.45)[0]
-        case "plus":
-            return torch.minimum(box(0, 0, 0.78, 0.2), box(0, 0, 0.2, 0.78))
-        case "T":
-            return torch.minimum(box(0, -0.52, 0.7, 0.2), box(0, 0.1, 0.2, 0.65))
-        case "L":
-            return torch.minimum(box(-0.4, 0, 0.2, 0.72), box(0.05, 0.52, 0.65, 0.2))
-        case "crescent":
-            return torch.maximum(disc(0, 0.78), -disc(0.4, 0.62))
-        case "star":  # a pentagram is where at least four of five half-planes meet
-            return edges(5, 0.3)[1]
-        case _:  # two bars
-            return torch.maximum((u.abs() - 0.45).abs() - 0.2, v.abs() - 0.72)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -351,7 +351,8 @@ def test_unreadable_files_stop_or_are_left_out(folder, tmp_path, capsys, monkeyp
         packed(folder, tmp_path / "c", holdout=0)
     text = line_of(error)
     assert "4 of 42" in text and "empty file" in text and "--skip-unreadable" in text and "1 more" in text
-    assert not list((tmp_path / "c").iterdir())
+    listing = (tmp_path / "c/d-unreadable.txt").read_text()
+    assert f"{folder}/a/1.png\tno image\n" in listing and len(listing.splitlines()) == 4
     for _ in range(2):  # packed, and found again
         source = data.open_source(folder, holdout=0)
         train = data.pack(source, 16, cache=tmp_path / "c", skip_unreadable=True).train
