@@ -1,0 +1,368 @@
+"""How fast is it, against peers in the same run?        python bench/run.py [--quick] [--only views knn] [--json FILE]
+
+    views      views a second of SimSiam's recipe on one core: augment.py against torchvision on decoded PIL images
+    packing    images a second from 512-px JPEGs for 128-px training on one core: data.py against decoding whole
+    losses     NT-Xent and InfoNCE, forward and backward, with peak memory, N = 256 to 4096 (InfoNCE on a CPU: 1024)
+    knn        10,000 queries x 50,000 images x 512 features, k 200, against the bare product of matrices
+    optimizer  a step of SGD and of LARS, and MoCo's moving average, for ResNet-18
+    training   images a second of each method, whole steps against forward and backward of the network alone
+
+The sides of a comparison take turns, so that a slow moment of the machine hits both; each ratio is the median of
+the turns' ratios, with the least and the greatest beside it. torchvision and Pillow are always compared with;
+lightly (NT-Xent), faiss and scikit-learn (kNN) where they are installed. views and packing run on the CPU, the
+rest on --device.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, is talkative
+
+import PIL  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import torchvision  # noqa: E402
+from PIL import Image, ImageFilter  # noqa: E402
+from torchvision import transforms as T  # noqa: E402
+from torchvision.io import write_jpeg  # noqa: E402
+
+import augment  # noqa: E402
+import common  # noqa: E402
+import data  # noqa: E402
+import knn  # noqa: E402
+import moco  # noqa: E402
+import simclr  # noqa: E402
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------------------
+
+
+def optional(name):
+    """A peer that may be missing: the module or None."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def seconds(work, device):
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(sides, rounds, device):
+    """Seconds of {name: function}, the sides in turn, after one turn to warm up: {name: [seconds, ...]}."""
+    times = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, work in sides.items():
+            taken = seconds(work, device)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def peak_megabytes(work, device):
+    """What `work` allocates at once beyond what is there before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 1e6
+
+
+class Report:
+    """Prints the rows of the table, and keeps them for the JSON file."""
+
+    def __init__(self):
+        self.rows = []
+        print(f"{'what':<40}{'ours':>14}  {'peer':<22}{'ours/peer':>20}")
+
+    def row(self, section, what, times, work=1, unit="ms", peak=None):
+        """times: {"ours": [...], peer: [...], ...}.  work: how many units a turn does; unit: "ms" or "x/s"."""
+        ours, memory = times["ours"], f"  {peak:,.0f} MB" if peak is not None else ""
+        for peer, others in [(p, t) for p, t in times.items() if p != "ours"] or [(None, None)]:
+            ratio = ""
+            if peer is not None:  # how many times as fast as the peer
+                ratios = [b / a for a, b in zip(ours, others, strict=True)]
+                ratio = f"{statistics.median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})"
+            figures = [self.figure(t, work, unit) for t in (ours, others) if t is not None]
+            print(f"{what + memory:<40}{figures[0]:>14}  "
+                  f"{f'{peer} {figures[1]}' if peer else '':<22}{ratio:>20}", flush=True)
+            self.rows.append({"section": section, "what": what, "peer": peer, "unit": unit, "work": work,
+                              "ours_seconds": ours, "peer_seconds": others, "peak_megabytes": peak})
+            memory = ""
+
+    @staticmethod
+    def figure(times, work, unit):
+        taken = statistics.median(times)
+        return f"{1000 * taken:,.1f} ms" if unit == "ms" else f"{work / taken:,.0f} {unit}"
+
+
+# ------------------------------------------------------------------------------------------------
+# views, packing: one core of the host
+# ------------------------------------------------------------------------------------------------
+
+
+def our_view(size, blur):
+    def view(images):
+        x = augment.random_resized_crop(images, size, scale=(0.2, 1.0), flip=0.5)
+        x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8)
+        x = augment.random_grayscale(x, p=0.2)
+        if blur:
+            x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=0.5)
+        return augment.normalize(x, MEAN, STD)
+    return view
+
+
+def pillow_blur(image):
+    # As the papers' authors do; several times faster than torchvision's own.
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+def their_view(size, blur):
+    view = T.Compose([
+        T.RandomResizedCrop(size, scale=(0.2, 1.0)),
+        T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        *([T.RandomApply([pillow_blur], p=0.5)] if blur else []),
+        T.ToTensor(),
+        T.Normalize(MEAN, STD),
+    ])
+    return lambda pictures: torch.stack([view(picture) for picture in pictures])
+
+
+def measure_views(report, rounds, device):
+    host = torch.device("cpu")
+    for size, stored, batch, blur in [(32, 32, 256, False), (128, 144, 64, True), (224, 256, 32, True)]:
+        images = F.interpolate(torch.rand(batch, 3, 8, 8), size=stored, mode="bicubic")          # smooth colours
+        images = images.clamp(0, 1).mul(255).byte()
+        pictures = [T.functional.to_pil_image(image) for image in images]
+        ours, theirs = our_view(size, blur), their_view(size, blur)
+        times = compare({"ours": lambda f=ours, x=images: f(x), "PIL": lambda f=theirs, x=pictures: f(x)}, rounds, host)
+        peak = peak_megabytes(lambda f=ours, x=images: f(x), host)
+        copies = peak / (batch * 3 * size * size * 4 / 1e6)
+        report.row("views", f"views {size} px{', blur' if blur else ''} ({copies:.1f} copies)", times, batch, "/s")
+
+
+def draw_jpegs(folder, count, side, finest):
+    """Sums of noise at several scales, the finest of `finest` cells a side: more fine detail, less to gain."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        picture = torch.zeros(1, 3, side, side)
+        for cells in [c for c in (4, 16, 64, 128, 256) if c <= finest]:
+            noise = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
+            picture += F.interpolate(noise, (side, side), mode="bilinear") * (4 / cells) ** 0.5
+        pixels = ((picture[0] / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)                     # (3, side, side)
+        write_jpeg(pixels, str(folder / f"{i:05d}.jpg"), quality=90)
+
+
+def packed(folder, size):
+    with tempfile.TemporaryDirectory() as cache:
+        data.pack(data.open_source(folder), size, cache=cache, quiet=True, workers=1)
+
+
+def decoded_whole(folder, size):
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as image:
+            image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR).tobytes()
+
+
+def measure_packing(report, rounds, device):
+    count = 300 if rounds < 5 else 1000
+    for name, finest in (("smooth", 64), ("detailed", 256)):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            draw_jpegs(folder, count, 512, finest)
+            times = compare({"ours": lambda f=folder: packed(f, 128), "whole": lambda f=folder: decoded_whole(f, 128)},
+                            min(rounds, 5), torch.device("cpu"))
+            report.row("packing", f"packing 512 -> 128 px, {name}", times, count, "/s")
+
+
+# ------------------------------------------------------------------------------------------------
+# losses, kNN, optimisers
+# ------------------------------------------------------------------------------------------------
+
+
+def forward_backward(loss, *inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return lambda: loss(*leaves).backward()
+
+
+def measure_losses(report, rounds, device):
+    lightly = optional("lightly.loss")
+    for n in (256, 1024, 4096):
+        z1, z2 = torch.randn(2, n, 128, device=device)
+        sides = {"ours": forward_backward(lambda a, b: simclr.nt_xent(a, b, 0.5), z1, z2)}
+        if lightly:
+            sides["lightly"] = forward_backward(lightly.NTXentLoss(0.5), z1, z2)
+        else:  # what the loss costs at least: its product of matrices, forward and backward
+            def product(a, b):
+                z = torch.cat([a, b])
+                return (z @ z.T).sum()
+            sides["product"] = forward_backward(product, z1, z2)
+        times = compare(sides, rounds if n < 4096 else min(rounds, 5), device)
+        report.row("losses", f"NT-Xent N={n}", times, peak=peak_megabytes(sides["ours"], device))
+    queue = F.normalize(torch.randn(65536, 128, device=device), dim=1)
+    for n in (256, 1024, 4096) if device.type == "cuda" else (256, 1024):
+        q, k = F.normalize(torch.randn(2, n, 128, device=device), dim=2)
+        sides = {"ours": forward_backward(lambda a, k=k: moco.info_nce(a, k, queue, 0.2), q),
+                 "product": forward_backward(lambda a: (a @ queue.T).sum(), q)}
+        times = compare(sides, min(rounds, 3), device)
+        report.row("losses", f"InfoNCE N={n} K=65536", times, peak=peak_megabytes(sides["ours"], device))
+
+
+def measure_knn(report, rounds, device):
+    bank, queries = torch.randn(50_000, 512, device=device), torch.randn(10_000, 512, device=device)
+    labels = torch.randint(0, 10, (50_000,), device=device)
+
+    def product():
+        unit = F.normalize(bank, dim=1)
+        for part in F.normalize(queries, dim=1).split(500):
+            part @ unit.T
+
+    sides = {"ours": lambda: knn.knn_predict(queries, bank, labels, 10, 200), "product": product}
+    faiss, sklearn = optional("faiss"), optional("sklearn.neighbors")
+    if faiss and device.type == "cpu":
+        index = faiss.IndexFlatIP(512)
+        index.add(F.normalize(bank, dim=1).numpy())
+        unit = F.normalize(queries, dim=1).numpy()
+        sides["faiss"] = lambda: index.search(unit, 200)
+    if sklearn and device.type == "cpu":
+        model = sklearn.KNeighborsClassifier(200, metric="cosine").fit(bank.numpy(), labels.numpy())
+        sides["sklearn"] = lambda: model.predict_proba(queries.numpy())
+    times = compare(sides, min(rounds, 5), device)
+    report.row("knn", "kNN 10k x 50k x 512, k 200", times, peak=peak_megabytes(sides["ours"], device))
+
+
+def measure_optimizers(report, rounds, device):
+    def prepared():
+        model = common.ResNet18().to(device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        return model
+
+    model, other = prepared(), prepared()
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    lars = simclr.LARS(other.parameters(), 0.1, weight_decay=1e-4)
+    report.row("optimizer", "LARS, ResNet-18", compare({"ours": lars.step, "SGD": sgd.step}, 3 * rounds, device))
+
+    def one_by_one():
+        with torch.no_grad():
+            for k, q in zip(model.parameters(), other.parameters(), strict=True):
+                k.mul_(0.99).add_(q, alpha=0.01)
+
+    sides = {"ours": lambda: moco.ema_update(model.parameters(), other.parameters(), 0.99), "one by one": one_by_one}
+    report.row("optimizer", "EMA, ResNet-18", compare(sides, 3 * rounds, device))
+
+
+# ------------------------------------------------------------------------------------------------
+# training
+# ------------------------------------------------------------------------------------------------
+
+
+def network_alone(method, model, args, x):
+    """Forward and backward of what a step computes with the network, on views that are there already."""
+    if method == "moco":
+        return lambda: model(x, x, None)[0].sum().backward()
+    if method == "simclr":
+        both = torch.cat([x, x])
+        return lambda: model(both).sum().backward()
+    if method == "simsiam":
+        return lambda: sum(p.sum() for view in (x, x) for p in model(view)[:1]).backward()
+    four = torch.cat([x] * 4)
+    return lambda: model(four).sum().backward()
+
+
+def measure_training(report, rounds, device, size=32, batch=64, width=16, steps=20):
+    for method in ("simsiam", "moco", "simclr", "rotnet"):
+        module = importlib.import_module(method)
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width,
+                     "--max-steps", steps, "--knn-every", 0, "--quiet", "--device", device.type, "--save-every", "999"]
+            rates = []
+            for turn in range(min(rounds, 3)):
+                module.main([str(flag) for flag in (*flags, "--out", f"{folder}/{turn}")])
+                rates.append(common.read_metrics(f"{folder}/{turn}")[-1]["images_per_second"])
+            saved = common.load_checkpoint(f"{folder}/0")
+        args = argparse.Namespace(**saved["args"])
+        model = module.build_model(args).to(device, memory_format=torch.channels_last).train()
+        autocast, _ = common.pick_precision("auto", device)
+        x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        work = network_alone(method, model, args, x)
+
+        def alone(work=work, autocast=autocast):
+            with autocast():
+                work()
+
+        times = compare({"ours": alone}, 3 * min(rounds, 3), device)["ours"]
+        whole, network = batch / statistics.median(rates), statistics.median(times)
+        report.row("training", f"{method} {size} px, batch {batch}, width {width}",
+                   {"ours": [batch / r for r in rates], "network alone": [network] * len(rates)}, batch, "images/s")
+        print(f"{'':<40}{max(0.0, 1 - network / whole):>13.1%}  of a step is not the network")
+
+
+SECTIONS = {"views": measure_views, "packing": measure_packing, "losses": measure_losses, "knn": measure_knn,
+            "optimizer": measure_optimizers, "training": measure_training}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to measure")
+    parser.add_argument("--quick", action="store_true", help="3 turns instead of 11")
+    parser.add_argument("--device", default="auto", help="of all but views and packing (default: auto)")
+    parser.add_argument("--size", type=int, default=32, help="of training: pixels a side (default: 32)")
+    parser.add_argument("--batch", type=int, default=64, help="of training: images a step (default: 64)")
+    parser.add_argument("--width", type=int, default=16, help="of training: of the network (default: 16)")
+    parser.add_argument("--steps", type=int, default=20, help="of training: a turn (default: 20)")
+    parser.add_argument("--json", metavar="FILE", help="also write the seconds of every turn here")
+    args = parser.parse_args(argv)
+    device = common.pick_device(args.device)
+    rounds = 3 if args.quick else 11
+    torch.manual_seed(0)
+    random.seed(0)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
+    print(f"{name}; {versions}\n{rounds} turns, fewer of what takes long; median (least-most)\n")
+    report, threads = Report(), torch.get_num_threads()
+    for section in args.only:
+        torch.set_num_threads(1 if section in ("views", "packing") else threads)
+        measure = SECTIONS[section]
+        if section == "training":
+            measure = functools.partial(measure, size=args.size, batch=args.batch, width=args.width, steps=args.steps)
+        measure(report, rounds, device)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": name, "versions": versions, "rows": report.rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
