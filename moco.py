@@ -31,11 +31,12 @@ Departures  1. The cosine falls every step, not every epoch: short runs need it,
             2. A folder of photos has thousands of pictures, not a million. A queue longer than that holds old
                keys of the query's own picture, and with 10,000 pictures m = 0.999 averages over 25 epochs.
             3. Eight GPUs are played by --bn-splits groups of one device's batch, as in the notebook.
-            4. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
+            4. `toy` takes a higher lr, a warm-up, larger crops: see below.
 Health      The loss starts low (the queue is noise), climbs towards log(1 + K) as real keys fill it, then
             falls. `accuracy` is the share of queries whose own key scores highest, 1/(1 + K)
-            by chance, 0 once all keys are the same. To see what holds it up: --no-shuffle-bn,
-            --momentum-encoder 0.
+            by chance, 0 once all keys are the same. Ablations on `toy`:
+            --no-shuffle-bn         kNN 46.6 % in place of @@MOCO@@: BatchNorm gives the answer away.
+            --momentum-encoder 0    stuck at chance, loss 5.549 = log 257, kNN 33 %: keys disagree.
 """
 
 import copy
@@ -354,9 +355,8 @@ def main(argv=None):
             common.reseed(generator, args.seed, step)
             x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)
             # How the keys are dealt to the BatchNorm groups: drawn for this step, like its views.
-            order1, order2 = (torch.randperm(args.batch_size, generator=generator) for _ in range(2))
-            if args.no_shuffle_bn:
-                order1 = order2 = None
+            order1, order2 = (None if args.no_shuffle_bn else torch.randperm(args.batch_size, generator=generator)
+                              for _ in range(2))
             # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder.
             ema_update(model.key_encoder.parameters(), model.query_parameters(), args.momentum_encoder)
             with autocast():
@@ -378,7 +378,7 @@ def main(argv=None):
             losses.update(loss / directions, len(images))              # a query's: chance stays log(1 + K)
             accuracies.update(contrastive_accuracy(q1, k2, model.queue), len(images))
             # Last of all: keys that were in the queue already would be their own queries' negatives.
-            # Every process enqueues the keys of all, so the queues stay the same.                [DDP]
+            # Every process enqueues the keys of all: the queues stay the same.                   [DDP]
             model.enqueue(torch.cat([distributed.gather(k) for k in ([k1, k2] if args.symmetric else [k2])]))
             run.after_step(step, lr, loss)
             if step == total_steps:

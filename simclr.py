@@ -38,7 +38,11 @@ Departures  1. `cifar` takes the recipe of a public one-file implementation, whi
             5. BatchNorm sees all processes' batch, as the paper's, on GPUs only; on CPUs each its own share.
 Health      The loss starts near chance, log(2N - 1), and falls; how far depends on N and T: only compare runs
             of the same two. `accuracy` is the share of the 2N outputs that find their partner, 1/(2N - 1) by
-            chance. A loss that stays at chance: no output finds its partner.
+            chance. A loss that stays at chance: no output finds its partner. Ablations on `toy`, where the
+            recipe has accuracy @@ACC@@ and kNN @@SIMCLR@@:
+            --no-color-jitter    accuracy 0.93, kNN 29.6 %: grey levels alone tell the partners, glyphs are
+                                 not needed (untrained 27.9 %).
+            --no-projector       kNN 92.8 %: the loss now falls on the features themselves.
 """
 
 import functools

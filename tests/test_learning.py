@@ -1,0 +1,48 @@
+"""Short seeded runs on a part of the drawn set: every method must learn, and an ablation must not."""
+
+import importlib
+
+import pytest
+
+import common
+import data
+
+# flags, and by how many points of kNN the features must get better than those of the untrained network. Other seeds
+# and numbers of threads gave at least twice as much.
+RUNS = {
+    "simsiam": (["--epochs", "3", "--warmup-epochs", "0.3", "--batch-size", "32"], 4),
+    "moco": (["--epochs", "4", "--warmup-epochs", "0.4", "--batch-size", "32"], 3),
+    "simclr": (["--epochs", "2", "--warmup-epochs", "0.2"], 10),
+    "rotnet": (["--epochs", "2", "--warmup-epochs", "0.4", "--lr", "0.4"], 8),
+}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train("moco", flags...) on 1,500 glyphs and 500 for validation; returns the rows of its metrics."""
+    folder = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.TOY_COUNT, "train", 1500)
+        patch.setitem(data.TOY_COUNT, "val", 500)
+
+        def start(method, *flags):
+            out = folder / "-".join((method, *flags)).replace(".", "_")
+            plumbing = ["--cache", str(folder), "--out", str(out), "--quiet", "--device", "cpu"]
+            importlib.import_module(method).main([*plumbing, "--width", "8", "--seed", "1", *flags])
+            return common.read_metrics(out)
+
+        yield start
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_a_short_run_learns(train, method):
+    flags, margin = RUNS[method]
+    rows = train(method, *flags, "--knn-every", "9")
+    assert rows[0]["epoch"] == 0 and rows[-1]["knn"] > rows[0]["knn"] + margin
+    if method == "simsiam":
+        assert rows[-1]["std"] > 0.8
+
+
+def test_simsiam_without_stop_gradient_collapses(train):
+    rows = train("simsiam", *RUNS["simsiam"][0], "--knn-every", "0", "--no-stop-gradient")
+    assert rows[-1]["loss"] < -0.85 and rows[-1]["std"] < 0.5 and rows[-1]["knn"] is None
