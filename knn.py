@@ -147,7 +147,7 @@ class Monitor:
 
     def __call__(self, backbone):
         names = {layer: "knn" if layer == "layer4" else f"knn_{layer}" for layer in self.layers}
-        if self.missing:
+        if self.missing or not common.is_main():  # of several processes the first evaluates, the others wait
             return {name: None for name in names.values()}
         network = Layers(backbone, self.layers)
         network.train(backbone.training)
@@ -183,7 +183,7 @@ def parse_args(argv):
     add("--layer", choices=("layer1", "layer2", "layer3", "layer4"), default="layer4",
         help="whose pooled output the features are")
     add("--projector", action="store_true", help="features behind the projector instead; usually worse")
-    add("--neighbours", metavar="PNG", help="write queries beside their nearest training images")
+    add("--neighbours", metavar="PNG", type=common.png_file, help="write queries beside their nearest training images")
     add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="forward precision")
     args = parser.parse_args(argv)
@@ -241,23 +241,32 @@ def class_table(predicted, truth, classes):
 
 
 def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, columns=8):
-    """PNG: each row a query, then its nearest training images, framed green (same class) or red."""
+    """PNG: each row a query, then its nearest training images, framed green (of the query's label) or red.
+
+    Pictures are shown as the network sees them, their central square; small ones enlarged.
+    raises  UsageError where it cannot be written.
+    """
     pick = torch.linspace(0, len(queries.labels) - 1, min(rows, len(queries.labels))).long()
     chosen = query_features[pick.to(query_features.device)]
     _, near = nearest(chosen, bank_features, min(columns, len(bank.labels)))
-    scale = max(1, 96 // queries.images.shape[-1])                        # small pictures are enlarged
+    size = queries.images.shape[-1]
     tiles = []
     for query, row in zip(pick.tolist(), near.cpu(), strict=True):
         for number, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row.tolist()]):
-            tile = F.interpolate(split.images[index : index + 1].float() / 255, scale_factor=scale)
+            one = slice(index, index + 1)
+            tile = evaluation_view(split.images[one], split.aspect[one], size, (0.0,) * 3, (1.0,) * 3)
+            tile = F.interpolate(tile, scale_factor=max(1, 96 // size))
             same = bank.labels[index] == queries.labels[query] if number else None
-            colour = (0.2, 0.2, 0.2) if same is None else (0.1, 0.7, 0.2) if same else (0.85, 0.1, 0.1)
+            colour = (0.5, 0.5, 0.5) if same is None else (0.1, 0.7, 0.2) if same else (0.85, 0.1, 0.1)
             frame = torch.tensor(colour).view(1, 3, 1, 1)
             side = tile.shape[-1] + 6
             framed = frame.expand(1, 3, side, side).clone()
             framed[:, :, 3:-3, 3:-3] = tile
             tiles.append(framed[0])
-    save_image(make_grid(torch.stack(tiles), nrow=1 + near.shape[1], padding=2, pad_value=1.0), path)
+    try:
+        save_image(make_grid(torch.stack(tiles), nrow=1 + near.shape[1], padding=2, pad_value=1.0), path)
+    except (OSError, ValueError) as error:
+        raise common.UsageError(f"--neighbours {path}: cannot write the picture: {error}") from None
 
 
 @common.command
