@@ -74,9 +74,13 @@ def knn_predict(queries, bank, bank_labels, num_classes, k=200, temperature=0.1)
     if k > len(bank):
         warnings.warn(f"k = {k} exceeds the bank's {len(bank)} images; k = {len(bank)} is used", stacklevel=2)
         k = len(bank)
-    similarity, rows = nearest(queries, bank, k)                          # (Q, k)
-    votes = torch.exp(similarity / temperature)
-    scores = torch.zeros(len(queries), num_classes, device=votes.device)
+    return vote(*nearest(queries, bank, k), bank_labels, num_classes, temperature)
+
+
+def vote(similarity, rows, bank_labels, num_classes, temperature):
+    """Scores (Q, num_classes) from what nearest() found, similarity and rows (Q, k). See knn_predict."""
+    votes = torch.exp(similarity / temperature)                           # (Q, k)
+    scores = torch.zeros(len(votes), num_classes, device=votes.device)
     return scores.scatter_add_(1, bank_labels.to(votes.device)[rows], votes)
 
 
@@ -128,9 +132,9 @@ class Layers(torch.nn.Module):
 
 
 class Monitor:
-    """kNN accuracy of a backbone while it trains: `Monitor(...)(backbone) -> {"knn": 61.3, "knn_20": 62.0}`.
+    """kNN accuracy of a backbone while it trains: `Monitor(...)(backbone) -> {"knn": 61.3, "knn_20": 62.0, ...}`.
 
-    Percent top-1 of the query split, with k and with 20 neighbours; further layers as "knn_layer3". All None
+    Percent top-1 of the query split, with k, 20 and 10 neighbours; further layers as "knn_layer3". All None
     where `missing` says that there are no labels to vote with or to check against.
     """
 
@@ -157,9 +161,10 @@ class Monitor:
         truth = self.queries.labels.to(self.device)
         scores = {}
         for layer, name in names.items():
-            for k in (self.k, 20) if layer == "layer4" else (self.k,):
-                predicted = knn_predict(queries[layer], bank[layer], labels, classes, min(k, len(labels)),
-                                        self.temperature).argmax(dim=1)
+            ks = (self.k, 20, 10) if layer == "layer4" else (self.k,)
+            similarity, rows = nearest(queries[layer], bank[layer], min(max(ks), len(labels)))  # nearest first
+            for k in ks:
+                predicted = vote(similarity[:, :k], rows[:, :k], labels, classes, self.temperature).argmax(dim=1)
                 key = name if k == self.k else f"{name}_{k}"
                 scores[key] = 100.0 * (predicted == truth).sum().item() / len(truth)
         return scores

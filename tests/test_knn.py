@@ -97,7 +97,18 @@ def test_monitor_leaves_the_network_as_it_was():
     first = monitor(backbone)
     assert backbone.training and backbone.layer4[1].bn2.training
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
-    assert monitor(backbone) == first and set(first) == {"knn", "knn_20"}
+    assert monitor(backbone) == first and set(first) == {"knn", "knn_20", "knn_10"}
+
+
+def test_monitor_counts_what_knn_predict_predicts():
+    torch.manual_seed(0)
+    dataset, backbone = make_dataset(train=make_split(60), val=make_split(31)), common.ResNet18(width=4)
+    scores = knn.Monitor(dataset, torch.device("cpu"), no_autocast, k=40)(backbone)
+    bank, queries = (knn.extract(knn.Layers(backbone), split, dataset, torch.device("cpu"), no_autocast)["layer4"]
+                     for split in (dataset.train, dataset.val))
+    for name, k in (("knn", 40), ("knn_20", 20), ("knn_10", 10)):
+        right = knn.knn_predict(queries, bank, dataset.train.labels, 2, k).argmax(dim=1) == dataset.val.labels
+        assert scores[name] == pytest.approx(100 * right.double().mean().item())
 
 
 def test_monitor_finds_the_class_that_is_in_the_pixels():
