@@ -341,9 +341,11 @@ def command(main):
                          "--max-restarts N the run goes on from its last checkpoint", 1)
             if not out_of_memory(error):
                 raise
-            batch = f" at --batch-size {Run.current.args.batch_size}" if Run.current else ""
-            complain(f"{name}: error: out of memory{batch}; lower it, or --image-size or --width; --stem "
-                     "imagenet and, on a GPU, --amp bf16 need less too", 2)
+            fix = "; free some, or choose another --device"
+            if Run.current:
+                fix = (f" at --batch-size {Run.current.args.batch_size}; lower it, or --image-size or --width; "
+                       "--stem imagenet and, on a GPU, --amp bf16 need less too")
+            complain(f"{name}: error: out of memory{fix}", 2)
         finally:
             if Run.current:
                 Run.current.close()
@@ -454,7 +456,7 @@ def training_parser(doc, recipes):
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
     add("--knn-every", "epochs between kNN evaluations, 0: never", type=whole(low=0), default=1)
     add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
-    add("--knn-t", "temperature of their votes", type=real(above=0), default=0.1)
+    add("--knn-t", "temperature of their votes", type=real(low=0.02), default=0.1)
     add("--knn-split", "test: train on every training image and query the test split, as published CIFAR "
         "curves do; then it chooses nothing and there is no best.pt", choices=("val", "test"), default="val")
     add("--views-png", "write what the network sees, a row an image, and leave", metavar="FILE", type=png_file)

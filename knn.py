@@ -184,7 +184,8 @@ def parse_args(argv):
     add("--cache", help="folder for packed pictures (default: that of the run)")
     add("--split", choices=("val", "test"), default="val", help="which images are the queries")
     add("--k", type=common.number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
-    add("--temperature", type=common.number(float, above=0), default=0.1, help="of the votes")
+    # Votes are exp(similarity / temperature): below 0.02 they would leave the range of float32.
+    add("--temperature", type=common.number(float, low=0.02), default=0.1, help="of the votes")
     add("--layer", choices=("layer1", "layer2", "layer3", "layer4"), default="layer4",
         help="whose pooled output the features are")
     add("--projector", action="store_true", help="features behind the projector instead; usually worse")
@@ -205,6 +206,7 @@ def open_data(args, checkpoint, splits):
                               holdout=holdout)
     dataset = data.pack(source, checkpoint["image_size"], args.cache or saved["cache"], splits=splits,
                         skip_unreadable=saved["skip_unreadable"])
+    dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]  # what the network was trained with
     return source, dataset
 
 
