@@ -12,6 +12,7 @@ Importing this file does nothing.
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -424,10 +425,15 @@ def save_interval(text):
     return text if minutes else value
 
 
-def training_parser(doc, recipes):
-    """The flags that every method offers; `recipes` is the method's table of defaults."""
+def training_parser(doc, recipes, without=()):
+    """The flags that every method offers, but those in `without`; `recipes` is the method's table of defaults."""
     parser = Parser(doc, recipes)
-    add, whole, real = parser.flag, functools.partial(number, int), functools.partial(number, float)
+    whole, real = functools.partial(number, int), functools.partial(number, float)
+
+    def add(flag, meaning, **kind):
+        if flag not in without:
+            parser.flag(flag, meaning, **kind)
+
     add("--data", f"folder of pictures, or {', '.join(NAMED_DATA)}", default="toy")
     add("--data-root", "where cifar10 ... food101 lie or are downloaded to", default="./data")
     add("--download", "fetch the named data set into --data-root", action="store_true")
@@ -619,17 +625,19 @@ class Run:
     checkpoint  of the run that is resumed, else None.
     score       the figure of log() by which `best` is chosen, percent; title: its name on the terminal.
     best        file that keeps the state with the best validation score.
+    name        what the folder's name begins with, if it is not the method.
     Nothing is written before start(): pictures that cannot be read leave no empty folder behind.
     raises      UsageError where the folder could not be made.
     """
 
     current = None  # the run that this process is training, for the last words of `command`
 
-    def __init__(self, method, args, source, checkpoint=None, score="knn", title="kNN", best="best.pt"):
+    def __init__(self, method, args, source, checkpoint=None, score="knn", title="kNN", best="best.pt", name=None):
         self.method, self.args, self.checkpoint = method, args, checkpoint
         self.score, self.title, self.best_file = score, title, best
-        if args.out is None:
-            box = [f"runs/{method}-{source.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        self.unnamed = args.out is None
+        if self.unnamed:
+            box = [f"runs/{name or method}-{source.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
             if dist.is_initialized():  # one folder for all processes
                 dist.broadcast_object_list(box, src=0)
             args.out = box[0]
@@ -694,7 +702,7 @@ class Run:
         plumbing = {"data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
                     "views_png", "device", "amp", "compile", "save_every", "skip_unreadable", "knn_every"}
         recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                           if name not in plumbing and value is not None and value is not False)
+                           if name not in plumbing and value not in (None, "val") and value is not False)
         precision = str(device) if args.amp == "auto" else f"{device}, {args.amp}"
         if dist.is_initialized():
             precision = f"{dist.get_world_size()} processes, {precision}"
@@ -721,7 +729,16 @@ class Run:
             raise UsageError(f"--out {self.folder}: {free / 1e6:,.0f} MB free, checkpoints need "
                              f"{needed / 1e6:,.0f} MB; make room or choose another folder")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(2):
+                try:
+                    self.folder.mkdir(exist_ok=not self.unnamed)
+                    break
+                except FileExistsError:  # another run began in the same second
+                    if not self.unnamed:
+                        raise
+                    self.folder = Path(f"{args.out}-{number}")
+            args.out = str(self.folder)
             if self.checkpoint:
                 self._take_back()
             else:  # of a run that ended before its first checkpoint
@@ -864,11 +881,13 @@ class Run:
         """
         args, epoch = self.args, step // self.epoch_steps
         due = self._minutes_are_up() if self.every_minutes is not None else epoch % args.save_every == 0
-        if last or due or self.signal is not None:
-            self._write("last.pt", step)
+        # The best file first: once last.pt stands, a resumed run takes this score for written.
+        score = None if score is None else round(score, 6)  # as in metrics.jsonl, from where a resumed run has it
         if score is not None and args.knn_split == "val" and (self.best is None or score > self.best):
             self.best = score
             self._write(self.best_file, step)
+        if last or due or self.signal is not None:
+            self._write("last.pt", step)
         if not last:
             self._leave_if_told(step)
 

@@ -25,7 +25,7 @@ Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook
             --head              linear / mlp             linear                    likewise
             --min-crop          0.2                      0.08                      likewise
             --blur              0 / 0.5                  0                         likewise
-            --bn-splits         8 GPUs                   8                         8, fewer in small batches
+            --bn-splits         8 GPUs                   8                         8, toy and small batches fewer
             momentum 0.9, no warm-up, 128-d keys; v1 steps, v2 and notebook cosine; --v1 takes v1's
 Departures  1. The cosine falls every step, not every epoch: short runs need it, long ones do not notice.
             2. A folder of photos has thousands of pictures, not a million. A queue longer than that holds old
@@ -61,7 +61,7 @@ import knn
 RECIPES = {
     "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.4, weight_decay=1e-4,
                 warmup_epochs=0.6, queue_size=256, momentum_encoder=0.99, temperature=0.2, head="mlp",
-                min_crop=0.4, blur=0.0),
+                min_crop=0.4, blur=0.0, bn_splits=4),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=200, batch_size=512, lr=0.03,
                   weight_decay=5e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
                   temperature=0.1, head="linear", min_crop=0.08, blur=0.0),

@@ -1,0 +1,554 @@
+"""What are the features worth with labels? Probes, fine-tuning, from scratch.
+
+    python linear.py --checkpoint runs/moco-food-11-...     a quick answer
+    python linear.py --checkpoint RUN --probe --test        as papers measure
+    python linear.py --checkpoint RUN --finetune --label-fraction 0.1
+    python linear.py --checkpoint RUN --from-scratch --label-fraction 0.1
+
+Ways        --cached        a linear layer on features of plain views,
+                            computed once: seconds
+            --probe         a linear layer on the frozen network, which sees
+                            random crops
+            --finetune      everything trains, from the run's weights
+            --from-scratch  everything trains, from random weights: what the
+                            labels alone give
+Sources     MoCo     1911.05722, section 4.1      SimCLR  2002.05709, B.5, B.6
+            SimSiam  2011.10566, appendix A       RotNet  1803.07728, 4.1
+            and the authors' code
+Protocols   of       optimiser, lr, weight decay        epochs         batch
+            MoCo     SGD 30, 0                          100, / 10 at    256
+                                                        60 and 80
+            SimSiam  LARS 0.1 x bs/256, 0               90, cosine     4096
+            SimCLR   SGD + Nesterov 0.1 x bs/256, 0     90 (CIFAR 100, 4096
+                                                        bs 512), cosine
+            RotNet   SGD + Nesterov 0.1, 5e-4           / 5 at 20, 40,  128
+                                                        45
+            here     SGD 0.1 x bs/256, 0                100, cosine     256
+            All freeze the backbone, in eval mode. MoCo's own setting is
+            --probe --raw-features --lr 30 --schedule steps; SimSiam's
+            --probe --raw-features --optimizer lars --lr 0.1 --epochs 90
+            --batch-size 4096
+Views       --crop: photos "resized", a random part of at least 0.08 of the
+            area, as MoCo, SimSiam and SimCLR; toy and cifar "pad", shifts by
+            up to 4 px, as RotNet on CIFAR; both with flips. Accuracies are
+            those of plain views, as in knn.py.
+Departures  1. Features are first brought to mean 0 and deviation 1, over the
+               training images. Methods differ widely in the scale of their
+               features, hence papers in their rates, from 0.1 to 30; now one
+               rate serves all. It is a fixed affine map, folded into the
+               weights: what is saved is a plain linear layer on plain
+               features. --raw-features leaves it out.
+            2. The epoch is chosen by validation images (a tenth of the
+               training images where the data has none). On CIFAR, papers
+               train on all images and score the test split after the last
+               epoch: --no-validation --test.
+            3. With --label-fraction an epoch keeps its number of steps: the
+               images that are left pass several times, as in RotNet's code.
+               So the baseline is not cut short where labels are few.
+            4. --finetune and --from-scratch share a recipe, the usual
+               supervised one (batch 128, weight decay 5e-4, a warm-up), but
+               for the rate: 0.05 x bs/256, as SimCLR, and 0.2.
+            5. `toy` takes fewer epochs: see the table below.
+Health      The loss starts near log(classes). A train_top1 near 100 with a
+            much lower top1: too few labels for so many features; --probe and
+            --finetune, with their random crops, get more out of them.
+"""
+
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import augment
+import common
+import data
+import knn
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+# The defaults, way -> flag -> value. lr per 256 images.
+TRAINED = dict(epochs=100, batch_size=128, optimizer="sgd", weight_decay=5e-4, schedule="cosine",
+               warmup_epochs=5.0, eval_every=1, save_every=1)
+RECIPES = {
+    "cached": dict(epochs=100, batch_size=1000, optimizer="sgd", lr=0.1, weight_decay=0.0,
+                   schedule="cosine", warmup_epochs=0.0, eval_every=10, save_every=10),
+    "probe": dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=0.0,
+                  schedule="cosine", warmup_epochs=0.0, eval_every=1, save_every=1),
+    "finetune": dict(TRAINED, lr=0.05),
+    "from-scratch": dict(TRAINED, lr=0.2),
+}
+# What the toy set, small and easy, takes instead.
+TOY = {
+    "cached": dict(),
+    "probe": dict(epochs=10),
+    "finetune": dict(epochs=5, batch_size=64, warmup_epochs=0.5, lr=0.2),
+    "from-scratch": dict(epochs=5, batch_size=64, warmup_epochs=0.5, lr=0.2),
+}
+FROZEN = ("cached", "probe")
+
+
+def parse_args(argv=None):
+    parser = common.training_parser(__doc__, RECIPES, without=(
+        "--data", "--data-root", "--image-size", "--stem", "--width", "--knn-every", "--knn-k", "--knn-t",
+        "--knn-split", "--views-png"))
+    parser.set_defaults(save_every=None)
+    add = parser.flag
+    add("--checkpoint", "the pre-training run: its folder (then last.pt counts, as in the papers) or a .pt file",
+        metavar="RUN", type=os.path.abspath)
+    ways = parser.add_mutually_exclusive_group()
+    for way, meaning in (("cached", "linear layer on features computed once: seconds (the default)"),
+                         ("probe", "linear layer on the frozen network, with random crops: the papers' protocol"),
+                         ("finetune", "train everything, from the run's weights"),
+                         ("from-scratch", "train everything, from random weights: the baseline of --finetune")):
+        ways.add_argument(f"--{way}", dest="way", action="store_const", const=way, help=meaning)
+    add("--data", f"folder of pictures, or {', '.join(common.NAMED_DATA)} (default: that of the run); its classes "
+        "are those to learn")
+    add("--data-root", "where named data sets lie (default: that of the run)")
+    add("--label-fraction", "part of the labelled training images that is used, of each class alike, drawn "
+        "by --seed; the others do not train", type=common.number(float, above=0, high=1), default=1.0)
+    add("--layer", "whose pooled output the linear layer reads; RotNet's best is a middle one",
+        choices=("layer1", "layer2", "layer3", "layer4"), default="layer4")
+    add("--raw-features", "features as they come, as in the papers; the rate must then suit the method "
+        "(MoCo: --lr 30)", action="store_true")
+    add("--crop", "random views of --probe, --finetune and --from-scratch; pad: shift by up to an eighth of the "
+        "side, resized: a part of at least 0.08 of the area, enlarged (default: toy and cifar pad, "
+        "others resized)", choices=("pad", "resized"))
+    add("--optimizer", "sgd has momentum 0.9; lars and adamw want a --lr of their own",
+        choices=("sgd", "lars", "adamw"))
+    add("--schedule", "of the rate; steps: a tenth after 60 and again after 80 %% of the run",
+        choices=("cosine", "steps"))
+    add("--eval-every", "epochs between evaluations, each a line in metrics.jsonl and a candidate for linear.pt",
+        type=common.number(int, low=1))
+    add("--test", "score the test split, once, at the end, with the weights that validation chose",
+        action="store_true")
+    add("--no-validation", "train on every labelled training image, choose nothing, and let the last weights "
+        "count, as papers do on CIFAR; needs --test", action="store_true")
+    add("--confusion", "where the picture of the confusion matrix goes (default: confusion.png in the run's "
+        "folder)", metavar="PNG", type=common.png_file)
+    args, checkpoint = common.parse_training(
+        parser, argv, "linear", ("checkpoint", "label_fraction", "layer", "raw_features", "crop", "optimizer",
+                                 "no_validation"))
+    if checkpoint and args.way != checkpoint["args"]["way"]:
+        parser.error(f"--{args.way}: the run to resume is one of --{checkpoint['args']['way']}")
+    args.way = args.way or "cached"
+    args.knn_split = "test" if args.no_validation else "val"  # tells all others what is held out, and what chooses
+    if args.checkpoint is None:
+        parser.error("--checkpoint RUN is missing: the pre-training run whose features are to be judged")
+    if args.way not in FROZEN and (args.layer != "layer4" or args.raw_features):
+        parser.error(f"--{'raw-features' if args.raw_features else 'layer'}: only for a frozen network, that is "
+                     f"--cached or --probe; --{args.way} trains all of it")
+    if args.way == "cached" and args.crop:
+        parser.error("--crop: --cached sees plain views only; take --probe")
+    if args.no_validation and not args.test:
+        parser.error("--no-validation: then nothing would be measured; add --test")
+    if args.optimizer in ("lars", "adamw") and args.lr is None:
+        parser.error(f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr, "
+                     f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance")
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("linear.py trains on one device: start it without torchrun")
+    return args, checkpoint
+
+
+def inherit(args, pretrained):
+    """What was not given comes from the pre-training run; pictures are prepared as its network knows them."""
+    if pretrained["method"] == "linear":
+        raise common.UsageError(f"--checkpoint {args.checkpoint}: a run of linear.py itself; give the pre-training "
+                                f"run it began with, {pretrained['args']['checkpoint']}")
+    for name in ("data", "data_root", "cache", "skip_unreadable"):
+        setattr(args, name, getattr(args, name) or pretrained["args"][name])
+    args.image_size, args.stem, args.width = (pretrained[name] for name in ("image_size", "stem", "width"))
+
+
+def fill_recipe(args, kind, images, passes):
+    """Give every flag that is still None its default.
+
+    kind    of the data.  images: labelled ones that train, `passes` times an epoch.
+    raises  UsageError for a batch larger than that.
+    """
+    recipe = RECIPES[args.way] | (TOY[args.way] if kind == "toy" else {})
+    if args.way != "cached":
+        recipe["crop"] = "pad" if kind in ("toy", "cifar") else "resized"
+    # A run of fewer epochs than the table's warms up for a shorter while.
+    recipe["warmup_epochs"] *= (args.epochs or recipe["epochs"]) / recipe["epochs"]
+    # The table's batch, cut to what there is and so that no short one is left over.
+    steps = math.ceil(passes * images / min(images, recipe["batch_size"]))
+    recipe["batch_size"] = math.ceil(passes * images / steps)
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.batch_size > images:
+        raise common.UsageError(f"--batch-size {args.batch_size}: more than the {images} labelled images to train on; "
+                                f"take at most {images}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Images, labels and features
+# ------------------------------------------------------------------------------------------------
+
+
+def check_labels(args, classes, counts):
+    """counts: {split: labelled images}.  raises  UsageError where there is nothing to learn or to measure."""
+    mend = {"train": "linear.py needs classes", "test": "leave --test out",
+            "val": "--no-validation --test trains without, or give data that has some"}
+    for split, count in counts.items():
+        if count == 0:
+            raise common.UsageError(f"--data {args.data}: no labelled {split} images; {mend[split]}")
+    if len(classes) < 2:
+        raise common.UsageError(f"--data {args.data}: one class only, {classes[0]}; there is nothing to tell apart")
+
+
+def label_subset(labels, fraction, seed):
+    """Rows of a stratified part of the labelled images: of each class `fraction`, rounded, at least one image.
+
+    labels   (N,) int64, none -1.
+    returns  (n,) int64, ascending. Of one seed, smaller parts lie within larger ones.
+    """
+    generator, rows = torch.Generator(), []
+    for c in labels.unique().tolist():
+        mine = (labels == c).nonzero().flatten()
+        order = torch.randperm(len(mine), generator=common.reseed(generator, seed, c))
+        rows.append(mine[order[: max(1, round(fraction * len(mine)))]])
+    return torch.cat(rows).sort().values
+
+
+def take_part(split, fraction, seed):
+    """A split with part of its labelled images; the split itself where the part is everything."""
+    if fraction == 1:
+        return split
+    rows = label_subset(split.labels, fraction, seed)
+    return data.Split(split.images[rows], split.labels[rows], split.aspect[rows],
+                      [split.paths[i] for i in rows.tolist()])
+
+
+class Passes(data.Batches):
+    """Batches whose epoch is several passes over the split, each in an order of its own."""
+
+    def __init__(self, split, passes, *batches_args, **kind):
+        super().__init__(split, *batches_args, **kind)
+        self.passes = passes
+
+    def __len__(self):
+        whole, rest = divmod(self.passes * len(self.split), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def order(self, epoch):
+        return torch.cat([super(Passes, self).order(self.passes * epoch + i) for i in range(self.passes)])
+
+
+class CachedPasses(Passes):
+    """The same of features that lie on the device instead of images: yields x (n, C) for images, None for aspect."""
+
+    def __init__(self, features, *passes_args, **kind):
+        super().__init__(*passes_args, **kind)
+        self.features, self.labels = features, self.split.labels.to(self.device)
+
+    def batches(self, epoch, start=0):
+        for index in self.order(epoch).to(self.device).split(self.batch_size)[start : len(self)]:
+            yield self.features.index_select(0, index), None, self.labels.index_select(0, index), index
+
+
+def view(images, aspect, generator, args, mean, std):
+    """One random view of every image, each with its own draw.
+
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: a CPU torch.Generator.
+    returns  (N, 3, size, size) float32, normalised, channels_last.
+    """
+    if args.crop == "resized":
+        x = augment.random_resized_crop(images, args.image_size, scale=(0.08, 1.0), flip=0.5, aspect=aspect,
+                                        generator=generator)
+    else:
+        x = augment.center_crop(images, args.image_size, aspect)
+        x = augment.random_crop(x, padding=args.image_size // 8, generator=generator)
+        x = augment.random_horizontal_flip(x, generator=generator)
+    return augment.normalize(x, mean, std)
+
+
+def plain_features(backbone, layer, split, dataset, device, autocast):
+    """(N, C) float32 on the device: the pooled output of a layer for every image of a split, plain views."""
+    network = knn.Layers(backbone, (layer,)).train(backbone.training)
+    return knn.extract(network, split, dataset, device, autocast)[layer]
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """A linear layer on the pooled output of one layer of a backbone, standardised.
+
+    frozen       the backbone takes no gradient and stays in eval mode, whatever train() says.
+    mean, std    of the features, (C,); 0 and 1 until standardise() is called.
+    forward(x)   (N, 3, S, S) -> logits (N, K) float32.
+    """
+
+    def __init__(self, backbone, layer, classes, frozen):
+        super().__init__()
+        self.backbone, self.layer, self.frozen = backbone.requires_grad_(not frozen), layer, frozen
+        c = backbone.dim >> (4 - int(layer[-1]))
+        self.fc = nn.Linear(c, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)  # as in the code of MoCo and SimSiam
+        nn.init.zeros_(self.fc.bias)
+        self.register_buffer("mean", torch.zeros(c))
+        self.register_buffer("std", torch.ones(c))
+
+    def standardise(self, features):
+        """Take mean and deviation from features (N, C) of training images."""
+        std, self.mean = torch.std_mean(features, dim=0, correction=0)
+        # A channel that (nearly) never moves would be blown up to noise: it is kept small instead.
+        self.std = std.clamp(min=max(1e-12, 0.01 * std.mean().item()))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            # In train mode BatchNorm would use, and change, statistics of these images.
+            self.backbone.eval()
+        return self
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone.features(x, (self.layer,))[self.layer]                # (N, C)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc((features.float() - self.mean) / self.std)                      # (N, K)
+
+    @torch.no_grad()
+    def plain(self):
+        """{"weight" (K, C), "bias" (K,)}: the linear layer that does the same to features as they come."""
+        # W ((f - m) / s) + b  =  (W / s) f  +  b - (W / s) m;  in double on the host, rounded once.
+        w, b, m, s = (t.cpu().double() for t in (self.fc.weight, self.fc.bias, self.mean, self.std))
+        return {"weight": (w / s).float(), "bias": (b - (w / s) @ m).float()}
+
+
+def check_frozen(backbone, before):
+    """raises  RuntimeError where a weight or buffer differs in one bit from `before`, a state dict on the host."""
+    changed = [name for name, value in backbone.state_dict().items() if not torch.equal(value.cpu(), before[name])]
+    if changed:
+        raise RuntimeError(f"the frozen backbone has changed, in {', '.join(changed[:3])} and {len(changed)} tensors "
+                           "in all: these figures are not those of the checkpoint's features")
+
+
+# ------------------------------------------------------------------------------------------------
+# Accuracy and what is reported
+# ------------------------------------------------------------------------------------------------
+
+
+def accuracies(logits, truth):
+    """{"top1", "top5", "class_mean"} in percent: shares of all images, and the mean of the classes' top-1.
+
+    logits  (N, K).  truth (N,) int64 in 0..K-1. Classes without images do not count in class_mean.
+    """
+    # Stable: of equal logits the first class wins, as with argmax. With K < 5 the top 5 are all.
+    right = logits.sort(dim=1, descending=True, stable=True).indices[:, :5] == truth[:, None]
+    images = truth.bincount(minlength=logits.shape[1])
+    named = truth[right[:, 0]].bincount(minlength=logits.shape[1])
+    shares = [n / total for n, total in zip(named.tolist(), images.tolist(), strict=True) if total]
+    top1, top5 = (100.0 * right[:, :k].any(dim=1).sum().item() / len(truth) for k in (1, 5))
+    return {"top1": top1, "top5": top5, "class_mean": 100.0 * sum(shares) / len(shares)}
+
+
+def draw_confusion(predicted, truth, classes, title):
+    """A PNG, bytes: a row for each true class, a column for each answer; numbers are percent of the row.
+
+    predicted, truth  (N,) int64.  title: a line above.
+    """
+    k = len(classes)
+    counts = (truth * k + predicted).bincount(minlength=k * k).view(k, k)
+    share = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    cell = min(80, max(16, 900 // k), max(1, 4000 // k))  # pixels
+    font, small = ImageFont.load_default(max(11, min(16, cell - 4))), ImageFont.load_default(min(16, cell * 0.4))
+    names = [name if len(name) <= 24 else name[:23] + "…" for name in classes] if cell >= 12 else [""] * k
+    margin, head = 12 + math.ceil(max(map(font.getlength, names))), 56  # for names; for the two lines above
+    lines = [title, "rows: true class, columns: answer; percent of the row"]
+    width = max(margin + k * cell, 12 + math.ceil(max(map(font.getlength, lines)))) + 12
+    image = Image.new("RGB", (width, head + margin + k * cell + 12), "white")
+    pen = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        pen.text((12, 10 + 20 * i), line, "black", font)
+    left, top, gap = margin, head + margin, int(cell > 4)
+    pen.rectangle((left, top, left + k * cell - 1, top + k * cell - 1), (245, 245, 245))
+    for i, name in enumerate(names):
+        middle = cell * i + cell // 2
+        pen.text((left - 6, top + middle), name, "black", font, anchor="rm")
+        upright = Image.new("L", (margin, cell))  # written level, then turned by a quarter
+        ImageDraw.Draw(upright).text((6, cell // 2), name, 255, font, anchor="lm")
+        image.paste("black", (left + cell * i, head), upright.rotate(90, expand=True))
+    for i, j in counts.nonzero().tolist():
+        x, y, shade = left + cell * j, top + cell * i, share[i][j] ** 0.5  # so that a few percent are seen
+        ink = (0, 90, 170) if i == j else (200, 70, 0)
+        colour = tuple(round(245 + (c - 245) * shade) for c in ink)
+        pen.rectangle((x, y, x + cell - 1 - gap, y + cell - 1 - gap), colour)
+        if cell >= 26:
+            pen.text((x + cell // 2, y + cell // 2), f"{100 * share[i][j]:.0f}", "white" if shade > 0.6 else "black",
+                     small, anchor="mm")
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
+
+
+def report(run, args, dataset, splits, device, autocast):
+    """Score splits by linear.pt alone, as predict.py will use it; say and write what came out.
+
+    splits  {"val" or "test": data.Split}; of the last one also the table of classes and the picture.
+    """
+    checkpoint = common.load_checkpoint(run.folder / "linear.pt")
+    backbone = common.load_backbone(checkpoint, device)
+    weight, bias = (checkpoint["classifier"][name].to(device) for name in ("weight", "bias"))
+    scores, lines = {}, []
+    for name, split in splits.items():
+        features = plain_features(backbone, checkpoint["layer"], split, dataset, device, autocast)
+        logits = F.linear(features, weight, bias).cpu()
+        scores[name] = {"images": len(split), **accuracies(logits, split.labels)}
+        lines.append(f"{name:8}top-1 {scores[name]['top1']:.2f} %   top-5 {scores[name]['top5']:.2f} %   "
+                     f"mean of classes {scores[name]['class_mean']:.2f} %   of {len(split):,} images")
+    predicted, title = logits.argmax(dim=1), {"val": "validation", "test": "test"}[name]
+    picture = draw_confusion(predicted, split.labels, dataset.classes,
+                             f"{title}: {len(split):,} images, top-1 {scores[name]['top1']:.2f} %")
+    run.say("\n".join([f"\n{title} images, linear.pt of step {checkpoint['step']:,}:",
+                       *knn.class_table(predicted, split.labels, dataset.classes), "", *lines,
+                       f"wrote   {run.folder / 'linear.pt'}"]))
+    for path, content in ((Path(args.confusion or run.folder / "confusion.png"), picture),
+                          (run.folder / "scores.json", json.dumps(scores, indent=1).encode())):
+        try:
+            common.write_atomically(path, content)
+        except OSError as error:
+            raise common.UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
+        run.say(f"wrote   {path}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(args, parameters, lr):
+    if args.optimizer == "lars":
+        from simclr import LARS
+        return LARS(parameters, lr, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay)
+
+
+@common.command
+def main(argv=None):
+    args, checkpoint = parse_args(argv)
+    device = common.pick_device(args.device)
+    autocast, scaler = common.pick_precision(args.amp, device)
+    pretrained = checkpoint or common.load_checkpoint(args.checkpoint)  # a resumed run has all it needs
+    if not checkpoint:
+        inherit(args, pretrained)
+    common.seed_everything(args.seed)
+
+    # Data: the test split is opened only where it is asked for.
+    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
+    splits = ["train", *([] if args.no_validation else ["val"]), *(["test"] if args.test else [])]
+    check_labels(args, source.classes, {s: source.splits[s].counts[0] if source.splits[s] else 0 for s in splits})
+    run = common.Run("linear", args, source, checkpoint, score="top1", title="top-1", best="linear.pt",
+                     name=f"linear-{args.way}")
+    dataset = data.pack(source, args.image_size, args.cache, splits, run.quiet, args.skip_unreadable)
+    dataset.mean, dataset.std = pretrained["mean"], pretrained["std"]
+    labelled = {split: data.labelled(getattr(dataset, split)) for split in splits}
+    check_labels(args, source.classes, {split: len(labelled[split]) for split in splits})  # what could be read
+    train = take_part(labelled["train"], args.label_fraction, args.seed)
+    passes = round(len(labelled["train"]) / len(train))
+    fill_recipe(args, source.kind, len(train), passes)
+
+    # Model.
+    frozen = args.way in FROZEN
+    if args.way == "from-scratch":
+        backbone = common.ResNet18(stem=args.stem, width=args.width).to(device, memory_format=torch.channels_last)
+    else:
+        backbone = common.load_backbone(pretrained, device)
+    model = Classifier(backbone, args.layer, len(dataset.classes), frozen).to(device)
+    features = {}  # of a frozen network: they do not change
+    if frozen:
+        features = {split: plain_features(backbone, args.layer, images, dataset, device, autocast)
+                    for split, images in (("train", train), ("val", labelled.get("val"))) if images is not None}
+        if not args.raw_features:
+            model.standardise(features["train"])
+
+    # Batches, optimiser, schedule.
+    if args.way == "cached":
+        x = (features["train"] - model.mean) / model.std
+        batches = CachedPasses(x, train, passes, args.batch_size, device, args.seed, drop_last=False)
+    else:
+        # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
+        batches = Passes(train, passes, args.batch_size, device, args.seed, drop_last=not frozen)
+    lr = args.lr * args.batch_size / 256
+    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad], lr)
+    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
+    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
+    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps, kind=args.schedule,
+                                  milestones=[round(share * total_steps) for share in (0.6, 0.8)])
+
+    def evaluate():
+        """Validation accuracies of the model as it is; None where nothing is held out."""
+        if args.no_validation:
+            return {"top1": None, "top5": None, "class_mean": None}
+        split = labelled["val"]
+        x = features["val"] if frozen else plain_features(model.backbone, args.layer, split, dataset, device, autocast)
+        plain = {name: value.to(device) for name, value in model.plain().items()}
+        return accuracies(F.linear(x, **plain).cpu(), split.labels)
+
+    classes = len(dataset.classes)
+    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
+                     chance=f"log({classes}) = {math.log(classes):.3g}, top-1 {100 / classes:.3g} %",
+                     extra=lambda: {"layer": args.layer, "classifier": model.plain()})
+    run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} an epoch")
+    if step == 0 and not args.no_validation:
+        run.log(epoch=0, step=0, lr=None, **evaluate())
+    if args.compile:
+        model.compile()
+
+    generator = torch.Generator()
+    while step < total_steps:
+        epoch = step // len(batches)
+        model.train()
+        losses, right = run.begin_epoch(epoch, step, "loss", "train_top1")
+        for x, aspect, labels, _ in batches.batches(epoch, start=step % len(batches)):
+            lr = schedule.step(step)
+            if args.way == "cached":
+                logits = model.fc(x)                                                   # (N, K)
+            else:
+                common.reseed(generator, args.seed, step)
+                x = view(x, aspect, generator, args, dataset.mean, dataset.std)        # (N, 3, S, S)
+                with autocast():
+                    logits = model(x)                                                  # (N, K)
+            loss = F.cross_entropy(logits, labels)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            step += 1
+            losses.update(loss, len(labels))
+            right.update(100.0 * (logits.argmax(dim=1) == labels).float().mean(), len(labels))
+            run.after_step(step, lr, loss)
+            if step == total_steps:
+                break
+
+        finished, last, scores = epoch + 1, step == total_steps, {"top1": None}
+        if last or finished % args.eval_every == 0:
+            scores = evaluate()
+            run.log(epoch=finished, step=step, lr=lr, **scores)
+        run.save(step, scores["top1"], last)
+
+    if frozen:
+        check_frozen(model.backbone, pretrained["backbone"])
+    if args.no_validation:  # the last state is the one that counts
+        common.save_checkpoint(run.folder / "linear.pt", common.load_checkpoint(run.folder))
+    report(run, args, dataset, {split: labelled[split] for split in splits[1:]}, device, autocast)
+    run.finish(f"python predict.py --checkpoint {run.folder} image.jpg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,538 @@
+"""linear.py: the step against the formula, frozen to the bit, honest splits, exact resumes, one figure everywhere."""
+
+import argparse
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import data
+import linear
+import predict
+
+COUNTS = {"train": (12, 20, 8), "val": (5, 9, 3), "test": (4, 2, 6)}
+CLASSES = ("ape", "bee", "cat")
+
+
+def draw(path, label, rng):
+    """16 x 16 noise around a colour that leans towards the class, but not always enough."""
+    tone = [rng.randint(60, 130) for _ in range(3)]
+    tone[label] += 60
+    pixels = bytes(min(255, max(0, tone[c] + rng.randint(-60, 60))) for _ in range(256) for c in range(3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.frombytes("RGB", (16, 16), pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """train, val and test of three classes, unequal in number, and unlabelled images beside them."""
+    root, rng = tmp_path_factory.mktemp("pictures") / "zoo", random.Random(0)
+    for split, counts in COUNTS.items():
+        for label, count in enumerate(counts):
+            for i in range(count):
+                draw(root / split / CLASSES[label] / f"{i}.png", label, rng)
+    for i in range(7):
+        draw(root / "unlabeled" / f"{i}.png", i % 3, rng)
+    return root
+
+
+def make_pretrained(folder, pictures, seed=0, **changes):
+    """A run folder with a last.pt as a method writes it: width 4, every weight and buffer moved from its start."""
+    torch.manual_seed(seed)
+    backbone = common.ResNet18(width=4)
+    with torch.no_grad():
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.num_batches_tracked.fill_(9)
+    model = torch.nn.Module()
+    model.backbone = backbone
+    args = dict(image_size=16, stem="cifar", width=4, data=str(pictures), data_root=None, skip_unreadable=False,
+                cache=str(pictures.parent / "cache"), knn_split="val")
+    dataset = types.SimpleNamespace(classes=["x"], mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    state = common.checkpoint_state("simsiam", model, torch.optim.SGD(model.parameters(), 0.1),
+                                    torch.amp.GradScaler("cpu", enabled=False), 1, 1,
+                                    argparse.Namespace(**args | changes), dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    common.save_checkpoint(folder / "last.pt", state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(pictures):
+    return make_pretrained(pictures.parent / "pretrained", pictures)
+
+
+def go(checkpoint, out, *flags):
+    """Run linear.py quietly; returns the run's linear.pt."""
+    linear.main(["--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu", "--amp", "off", "--quiet",
+                 *map(str, flags)])
+    return common.load_checkpoint(out / "linear.pt")
+
+
+def equal(one, two):
+    """Whether two nested plain values are the same, tensors bit for bit."""
+    if torch.is_tensor(one):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(one[k], two[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return one == two
+
+
+# ------------------------------------------------------------------------------------------------
+# The classifier
+# ------------------------------------------------------------------------------------------------
+
+
+def features_by_hand(checkpoint, pictures, split):
+    """Pooled features of every labelled picture of a split, in double, straight from the files."""
+    backbone = common.load_backbone(checkpoint).double()
+    mean, std = (torch.tensor(checkpoint[k], dtype=torch.float64).view(3, 1, 1) for k in ("mean", "std"))
+    rows, labels = [], []
+    for label, name in enumerate(CLASSES):
+        for path in sorted((pictures / split / name).iterdir(), key=lambda p: int(p.stem)):
+            pixels = torch.tensor(list(Image.open(path).tobytes()), dtype=torch.float64).view(16, 16, 3)
+            rows.append(backbone(((pixels.permute(2, 0, 1) / 255 - mean) / std)[None])[0].detach())
+            labels.append(label)
+    return torch.stack(rows), labels
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_two_steps_equal_logistic_regression_by_hand(pretrained, pictures, tmp_path, raw):
+    """Multinomial logistic regression in loops and double: gradient, momentum, cosine, standardised features."""
+    saved = go(pretrained, tmp_path / "run", "--epochs", 2, "--lr", 3, "--eval-every", 2,
+               *(["--raw-features"] if raw else []))
+    f, labels = features_by_hand(common.load_checkpoint(pretrained), pictures, "train")
+    n, lr = len(f), 3 * len(f) / 256
+    assert n == 40 == sum(COUNTS["train"])  # the unlabelled ones do not train
+    m, s = (f[0] * 0, f[0] * 0 + 1) if raw else (f.mean(0), ((f - f.mean(0)) ** 2).mean(0).sqrt())
+    common.seed_everything(0)
+    start = linear.Classifier(common.ResNet18(width=4), "layer4", 3, frozen=True)
+    w, b = start.fc.weight.detach().double(), start.fc.bias.detach().double()
+    vw, vb = torch.zeros_like(w), torch.zeros_like(b)
+    for step in range(2):
+        gw, gb = torch.zeros_like(w), torch.zeros_like(b)
+        for z, label in zip((f - m) / s, labels, strict=True):
+            e = torch.exp(w @ z + b)
+            p = e / e.sum()
+            p[label] -= 1
+            gw, gb = gw + p[:, None] * z / n, gb + p / n
+        vw, vb = 0.9 * vw + gw, 0.9 * vb + gb
+        rate = lr * (1 + math.cos(math.pi * step / 2)) / 2
+        w, b = w - rate * vw, b - rate * vb
+    torch.testing.assert_close(saved["classifier"]["weight"].double(), w / s, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(saved["classifier"]["bias"].double(), b - (w / s) @ m, rtol=1e-3, atol=1e-4)
+
+
+def test_standardisation_is_folded_into_a_plain_linear_layer():
+    torch.manual_seed(0)
+    model = linear.Classifier(common.ResNet18(width=4), "layer2", 5, frozen=True).eval()
+    features = 0.02 * torch.randn(300, 8) + torch.linspace(-3, 3, 8)
+    features[:, 2] = 7.0  # a dead channel
+    model.standardise(features)
+    torch.nn.init.normal_(model.fc.weight)
+    torch.nn.init.normal_(model.fc.bias)
+    z = (features - model.mean) / model.std
+    assert z[:, 2].abs().max() < 1e-3 and z.isfinite().all()
+    torch.testing.assert_close(z[:, [0, 7]].std(0, correction=0), torch.ones(2), rtol=1e-3, atol=0)
+    plain = model.plain()
+    assert plain["weight"].shape == (5, 8) and plain["bias"].dtype == torch.float32
+    expected = z.double() @ model.fc.weight.double().T + model.fc.bias.double()
+    ours = features.double() @ plain["weight"].double().T + plain["bias"].double()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)  # of logits around 10; float32 keeps 7 digits
+    x = torch.randn(6, 3, 16, 16)
+    f = model.backbone.features(x, ("layer2",))["layer2"]
+    torch.testing.assert_close(F.linear(f, **plain), model(x), rtol=1e-4, atol=1e-2)
+
+
+def test_accuracies_by_hand():
+    logits = torch.tensor([[3.0, 1, 2], [3, 1, 2], [3, 1, 2], [1, 2, 3], [0, 0, 0], [0, 0, 0]])
+    truth = torch.tensor([0, 0, 0, 2, 1, 0])  # equal logits: the first class is the answer, so 0 for both
+    scores = linear.accuracies(logits, truth)
+    assert scores["top1"] == pytest.approx(100 * 5 / 6)
+    assert scores["class_mean"] == pytest.approx(100 * (4 / 4 + 0 / 1 + 1 / 1) / 3)
+    assert scores["top5"] == 100  # there are only three classes
+    logits = torch.arange(7.0).expand(4, 7)
+    scores = linear.accuracies(logits, torch.tensor([6, 2, 1, 0]))  # ranks 1, 5, 6, 7; class 3 has no image
+    assert scores == {"top1": 25.0, "top5": 50.0, "class_mean": 25.0}
+
+
+# ------------------------------------------------------------------------------------------------
+# What trains and what does not
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["--cached", "--probe"])
+def test_frozen_means_every_bit_of_weights_and_buffers(pretrained, tmp_path, way):
+    before = common.load_checkpoint(pretrained)["backbone"]
+    saved = go(pretrained, tmp_path / "run", way, "--epochs", 3)
+    assert equal(saved["backbone"], before) and equal(common.load_checkpoint(tmp_path / "run")["backbone"], before)
+    assert len(saved["optimizer"]["param_groups"][0]["params"]) == 2  # weight and bias of the linear layer
+    assert saved["method"] == "linear" and saved["layer"] == "layer4"
+    assert saved["args"]["way"] == way[2:] and saved["args"]["checkpoint"] == str(pretrained)
+
+
+@pytest.mark.parametrize("broken", ["train mode", "weights"])
+def test_a_backbone_that_is_not_frozen_is_found_out(pretrained, tmp_path, monkeypatch, broken):
+    if broken == "train mode":
+        monkeypatch.setattr(linear.Classifier, "train", torch.nn.Module.train)
+    else:
+        monkeypatch.setattr(linear, "make_optimizer", lambda args, parameters, lr: torch.optim.SGD(
+            [*parameters, *Everything.backbone.requires_grad_().parameters()], lr, weight_decay=0.1))
+
+        class Everything(linear.Classifier):
+            def __init__(self, backbone, *args):
+                super().__init__(backbone, *args)
+                Everything.backbone = backbone
+
+            def forward(self, x):
+                return super().forward(x) + 0 * sum(p.sum() for p in self.backbone.parameters())
+
+        monkeypatch.setattr(linear, "Classifier", Everything)
+    with pytest.raises(RuntimeError, match="frozen backbone has changed"):
+        go(pretrained, tmp_path / "run", "--probe", "--epochs", 1)
+
+
+def test_fine_tuning_starts_at_the_checkpoint_and_moves_all_of_it(pretrained, tmp_path):
+    before = common.load_checkpoint(pretrained)["backbone"]
+    still = go(pretrained, tmp_path / "still", "--finetune", "--max-steps", 1, "--lr", 1e-9)["backbone"]
+    moved = go(pretrained, tmp_path / "moved", "--finetune", "--epochs", 1)["backbone"]
+    for name, value in before.items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(still[name], value, rtol=1e-4, atol=1e-5, msg=name)
+            assert not torch.equal(moved[name], value), name
+        elif name.endswith("running_mean"):
+            assert not torch.equal(moved[name], value), name
+
+
+def test_from_scratch_takes_the_shape_but_no_weight_of_the_checkpoint(pretrained, pictures, tmp_path):
+    other = make_pretrained(tmp_path / "other", pictures, seed=5)
+    one, two = (go(folder, tmp_path / f"run-{i}", "--from-scratch", "--epochs", 1)
+                for i, folder in enumerate((pretrained, other)))
+    assert equal(one["model"], two["model"]) and equal(one["optimizer"], two["optimizer"])
+    tuned = go(other, tmp_path / "tuned", "--finetune", "--epochs", 1, "--lr", 0.2)
+    assert not torch.equal(tuned["backbone"]["conv1.weight"], one["backbone"]["conv1.weight"])
+    assert one["width"] == 4 and one["image_size"] == 16
+
+
+@pytest.mark.parametrize("layer, c", [("layer1", 4), ("layer3", 16)])
+def test_layer(pretrained, tmp_path, layer, c):
+    saved = go(pretrained, tmp_path / "run", "--layer", layer, "--epochs", 1)
+    assert saved["layer"] == layer and saved["classifier"]["weight"].shape == (3, c)
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels and splits
+# ------------------------------------------------------------------------------------------------
+
+
+def test_label_subsets_are_stratified_seeded_and_nested():
+    labels = torch.tensor([2] * 300 + [0] * 50 + [1] * 3)[torch.randperm(353, generator=torch.manual_seed(0))]
+    parts = {f: linear.label_subset(labels, f, seed=0) for f in (0.001, 0.01, 0.1, 0.5, 1.0)}
+    sizes = {f: labels[rows].bincount().tolist() for f, rows in parts.items()}
+    assert sizes == {0.001: [1, 1, 1], 0.01: [1, 1, 3], 0.1: [5, 1, 30], 0.5: [25, 2, 150], 1.0: [50, 3, 300]}
+    chain = [set(rows.tolist()) for rows in parts.values()]
+    assert all(small <= large for small, large in zip(chain, chain[1:], strict=False))
+    assert torch.equal(parts[0.1], linear.label_subset(labels, 0.1, seed=0))
+    assert not torch.equal(parts[0.1], linear.label_subset(labels, 0.1, seed=1))
+
+
+def test_a_part_keeps_images_and_labels_together():
+    split = data.Split(torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 2, 2),
+                       torch.arange(60) // 20, torch.arange(60) / 10, [str(i) for i in range(60)])
+    part = linear.take_part(split, 0.25, seed=3)
+    for i, path in enumerate(part.paths):
+        assert part.images[i, 0, 0, 0] == int(path) and part.labels[i] == int(path) // 20
+        assert part.aspect[i] == split.aspect[int(path)]
+    assert len(part) == 15 and linear.take_part(split, 1.0, seed=3) is split
+
+
+def test_an_epoch_of_few_labels_shows_each_of_them_equally_often():
+    split = data.Split(torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.arange(10) % 2, torch.ones(10), [""] * 10)
+    features = torch.arange(10.0)[:, None]
+    batches = linear.CachedPasses(features, split, 4, 7, "cpu", seed=0, drop_last=False)
+    epochs = [list(batches.batches(epoch)) for epoch in (0, 1)]
+    assert len(batches) == len(epochs[0]) == 6  # 40 images in sevens, the last short
+    for epoch in epochs:
+        assert torch.cat([x for x, _, _, _ in epoch]).flatten().long().bincount().tolist() == [4] * 10
+        assert all(torch.equal(x.flatten().long() % 2, labels) for x, _, labels, _ in epoch)
+    orders = [tuple(batches.order(epoch).view(4, 10)[i].tolist()) for epoch in (0, 1) for i in range(4)]
+    assert len(set(orders)) == 8  # no pass repeats another's order
+    later = list(batches.batches(1, start=4))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(later, epochs[1][4:], strict=True))
+
+
+def test_label_fraction_of_a_run(pretrained, tmp_path):
+    saved = go(pretrained, tmp_path / "run", "--label-fraction", 0.25, "--epochs", 2, "--probe")
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "trains  on 10 labelled images, 4 passes an epoch" in log  # 3, 5 and 2
+    assert saved["args"]["batch_size"] == 10 and saved["args"]["label_fraction"] == 0.25
+    row = common.read_metrics(tmp_path / "run")[-1]
+    assert row["step"] == 8 and json.loads((tmp_path / "run/scores.json").read_text())["val"]["images"] == 17
+
+
+def opened_splits(monkeypatch):
+    seen, pack = [], data.pack
+
+    def spy(source, size, cache=None, splits=("train", "val"), *args):
+        seen.extend(splits)
+        return pack(source, size, cache, splits, *args)
+
+    monkeypatch.setattr(data, "pack", spy)
+    return seen
+
+
+def test_the_test_split_is_opened_and_scored_only_on_demand(pretrained, tmp_path, monkeypatch):
+    seen = opened_splits(monkeypatch)
+    go(pretrained, tmp_path / "without", "--epochs", 2)
+    assert seen == ["train", "val"]
+    go(pretrained, tmp_path / "with", "--epochs", 2, "--test")
+    assert seen[2:] == ["train", "val", "test"]
+    scores = json.loads((tmp_path / "with/scores.json").read_text())
+    assert {name: s["images"] for name, s in scores.items()} == {"val": 17, "test": 12}
+    one, two = (common.load_checkpoint(tmp_path / n / "linear.pt") for n in ("without", "with"))
+    assert equal(one["model"], two["model"])  # looking at it changes nothing
+    assert all("test" not in name for row in common.read_metrics(tmp_path / "with") for name in row)
+
+
+def test_validation_chooses_the_weights(pretrained, tmp_path):
+    saved = go(pretrained, tmp_path / "run", "--epochs", 30, "--eval-every", 1, "--lr", 8)
+    rows = common.read_metrics(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == list(range(31)) and rows[0]["loss"] is None
+    assert {"epoch", "step", "seconds", "loss", "lr", "images_per_second", "top1", "top5", "class_mean",
+            "train_top1"} == set(rows[1])
+    best = max(row["top1"] for row in rows[1:])
+    chosen = next(row for row in rows[1:] if row["top1"] == best)
+    assert saved["step"] == chosen["step"] < 30
+    scores = json.loads((tmp_path / "run/scores.json").read_text())["val"]
+    assert scores == {"images": 17, **{k: pytest.approx(chosen[k], abs=1e-5) for k in ("top1", "top5", "class_mean")}}
+
+
+def test_without_validation_the_last_weights_count(pretrained, pictures, tmp_path, monkeypatch):
+    # Class folders without a split: a tenth would be held out, and here it is not.
+    shutil.copytree(pictures / "train", tmp_path / "zoo/train")
+    shutil.copytree(pictures / "test", tmp_path / "zoo/test")
+    seen = opened_splits(monkeypatch)
+    saved = go(pretrained, tmp_path / "all", "--no-validation", "--test", "--data", tmp_path / "zoo", "--epochs", 20)
+    assert seen == ["train", "test"] and saved["args"]["knn_split"] == "test"
+    assert equal(saved["model"], common.load_checkpoint(tmp_path / "all")["model"])
+    assert "on 40 labelled images" in (tmp_path / "all/log.txt").read_text()
+    assert all(row["top1"] is None for row in common.read_metrics(tmp_path / "all"))
+    assert json.loads((tmp_path / "all/scores.json").read_text()).keys() == {"test"}
+    go(pretrained, tmp_path / "held", "--data", tmp_path / "zoo", "--epochs", 1)
+    assert "on 36 labelled images" in (tmp_path / "held/log.txt").read_text()
+
+
+@pytest.mark.parametrize("way", ["--cached", "--finetune"])
+def test_predict_finds_the_printed_accuracy(pretrained, pictures, tmp_path, capsys, way):
+    go(pretrained, tmp_path / "run", way, "--epochs", 3, "--test")
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    for split in ("val", "test"):
+        files = sorted(str(path) for path in (pictures / split).rglob("*.png"))
+        capsys.readouterr()
+        predict.main(["--checkpoint", str(tmp_path / "run"), "--json", "--device", "cpu", "--amp", "off", *files])
+        answers = json.loads(capsys.readouterr().out)
+        right = sum(answer["class"] == os.path.basename(os.path.dirname(answer["file"])) for answer in answers)
+        assert 100 * right / len(files) == pytest.approx(scores[split]["top1"])
+
+
+def test_other_data_bring_their_classes_and_keep_the_networks_view(pretrained, pictures, tmp_path):
+    shutil.copytree(pictures / "train/ape", tmp_path / "two/one")
+    shutil.copytree(pictures / "train/cat", tmp_path / "two/other")
+    saved = go(pretrained, tmp_path / "run", "--data", tmp_path / "two", "--epochs", 1)
+    assert saved["classes"] == ["one", "other"] and saved["classifier"]["weight"].shape == (2, 32)
+    assert saved["mean"] == (0.4, 0.5, 0.6) and saved["args"]["data"] == str(tmp_path / "two")
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------
+
+
+def figures(folder):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+            for row in common.read_metrics(folder)]
+
+
+def same_runs(one, two):
+    for name in ("last.pt", "linear.pt"):
+        a, b = (common.load_checkpoint(folder / name) for folder in (one, two))
+        for key in ("model", "optimizer", "classifier", "step", "epoch", "rng"):
+            assert equal(a[key], b[key]), (name, key)
+    assert figures(one) == figures(two)
+
+
+@pytest.mark.parametrize("way", ["--cached", "--probe", "--finetune"])
+def test_a_signal_in_mid_epoch_and_a_resume_change_nothing(pretrained, tmp_path, monkeypatch, way):
+    flags = [way, "--epochs", 3, "--batch-size", 8, "--eval-every", 1, "--label-fraction", 0.5]
+    go(pretrained, tmp_path / "whole", *flags)
+    after_step = common.Run.after_step
+
+    def stop_at_7(self, step, lr, loss):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self, step, lr, loss)
+
+    monkeypatch.setattr(common.Run, "after_step", stop_at_7)
+    with pytest.raises(SystemExit) as end:
+        go(pretrained, tmp_path / "killed", *flags)
+    monkeypatch.undo()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert common.load_checkpoint(tmp_path / "killed")["step"] == 7  # of five an epoch
+    linear.main(["--resume", str(tmp_path / "killed"), "--quiet"])
+    same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("write", [2, 3, 4, 5])
+def test_killed_before_any_write_a_resumed_run_is_the_same(pretrained, tmp_path, monkeypatch, write):
+    """Without warning, and between the writes of one epoch too: the best file and last.pt."""
+    flags = ["--epochs", 4, "--eval-every", 1, "--save-every", 1, "--lr", 8]
+    go(pretrained, tmp_path / "whole", *flags)
+    save, calls = common.save_checkpoint, []
+
+    class Killed(BaseException):
+        pass
+
+    def die(path, state):
+        calls.append(path)
+        if len(calls) == write:
+            raise Killed
+        save(path, state)
+
+    monkeypatch.setattr(common, "save_checkpoint", die)
+    with pytest.raises(Killed):
+        go(pretrained, tmp_path / "killed", *flags)
+    monkeypatch.undo()
+    if not (tmp_path / "killed/last.pt").exists():
+        go(pretrained, tmp_path / "killed", *flags)
+    else:
+        linear.main(["--resume", str(tmp_path / "killed"), "--quiet"])
+    same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_resumed_run_needs_the_pre_training_run_no_more(pictures, tmp_path):
+    folder = make_pretrained(tmp_path / "pretrained", pictures)
+    go(folder, tmp_path / "run", "--epochs", 1)
+    shutil.rmtree(folder)
+    linear.main(["--resume", str(tmp_path / "run"), "--quiet", "--test"])  # nothing is left to train
+    assert json.loads((tmp_path / "run/scores.json").read_text())["test"]["images"] == 12
+
+
+def test_two_runs_of_one_second_get_folders_of_their_own(pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.time, "strftime", lambda form: "20260101-000000")
+    for _ in range(3):
+        linear.main(["--checkpoint", str(pretrained), "--epochs", "1", "--quiet"])
+    name = "linear-cached-zoo-20260101-000000"
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [name, f"{name}-2", f"{name}-3"]
+    saved = common.load_checkpoint(tmp_path / f"runs/{name}-3/linear.pt")
+    assert saved["args"]["out"] == f"runs/{name}-3"
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "lars", "--lr", 5], ["--optimizer", "adamw", "--lr", 0.05]])
+def test_other_optimisers_learn_too(pretrained, tmp_path, flags):
+    go(pretrained, tmp_path / "run", "--epochs", 300, "--eval-every", 300, *flags)
+    rows = common.read_metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.8 * math.log(3)
+
+
+def test_steps_fall_to_a_tenth_twice(pretrained, tmp_path):
+    go(pretrained, tmp_path / "run", "--schedule", "steps", "--epochs", 10, "--eval-every", 1, "--lr", 30)
+    rates = [row["lr"] / (30 * 40 / 256) for row in common.read_metrics(tmp_path / "run")[1:]]
+    assert rates == pytest.approx([1] * 6 + [0.1] * 2 + [0.01] * 2)
+
+
+def test_the_picture_of_a_confusion_matrix():
+    truth, predicted = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    image = Image.open(io.BytesIO(linear.draw_confusion(predicted, truth, ["cat", "dog"], "title")))
+    top, left = image.height - 12 - 2 * 80, image.height - 12 - 2 * 80 - 56  # 80 px a cell, 56 above the names
+    colours = {(i, j): image.getpixel((left + 80 * j + 5, top + 80 * i + 5)) for i in range(2) for j in range(2)}
+    assert colours[1, 1][2] > colours[1, 1][0] + 100  # all of the row: deep blue
+    assert colours[0, 1][0] > colours[0, 1][2] + 50  # a quarter astray: red
+    assert len(set(colours[1, 0])) == 1  # none: grey
+    for k in (11, 101, 1000):
+        names = [f"a class called {i}" for i in range(k)]
+        image = Image.open(io.BytesIO(linear.draw_confusion(torch.arange(k), torch.arange(k), names, "title")))
+        assert 900 < image.width < 4100 and abs(image.width - image.height) < 80
+
+
+def wrong_uses(tmp_path, pictures, pretrained):
+    """name -> (flags, what the line must name)"""
+    for i in range(4):
+        draw(tmp_path / "one/train/only" / f"{i}.png", 0, random.Random(i))
+        draw(tmp_path / "loose" / f"{i}.png", 0, random.Random(i))
+        for name in ("a", "b"):
+            draw(tmp_path / "single" / name / "0.png", 0, random.Random(i))
+            draw(tmp_path / "blind/train" / name / f"{i}.png", 0, random.Random(i))
+        draw(tmp_path / "blind/test" / f"{i}.png", 0, random.Random(i))
+    go(pretrained, tmp_path / "done", "--epochs", 1)
+    run = ["--checkpoint", pretrained]
+    return {
+        "no checkpoint": ([], ["--checkpoint"]),
+        "missing checkpoint": (["--checkpoint", "nowhere"], ["nowhere"]),
+        "a run of linear.py": (["--checkpoint", "done"], ["--checkpoint", str(pretrained)]),
+        "two ways": ([*run, "--probe", "--finetune"], ["--probe", "--finetune"]),
+        "layer that would train": ([*run, "--finetune", "--layer", "layer2"], ["--layer", "--probe"]),
+        "raw that would train": ([*run, "--from-scratch", "--raw-features"], ["--raw-features", "--probe"]),
+        "crops of cached features": ([*run, "--crop", "pad"], ["--crop", "--probe"]),
+        "nothing measured": ([*run, "--no-validation"], ["--no-validation", "--test"]),
+        "rate of another optimiser": ([*run, "--optimizer", "lars"], ["--optimizer lars", "--lr"]),
+        "picture of another kind": ([*run, "--confusion", "a.jpg"], ["--confusion", ".png"]),
+        "picture nowhere": ([*run, "--confusion", "nowhere/a.png"], ["--confusion", "nowhere"]),
+        "no labels asked for": ([*run, "--label-fraction", "0"], ["--label-fraction", "above 0"]),
+        "more than all labels": ([*run, "--label-fraction", "2"], ["--label-fraction", "at most 1"]),
+        "one class": ([*run, "--data", "one"], ["--data", "one class"]),
+        "no labels": ([*run, "--data", "loose"], ["--data", "no labelled train"]),
+        "no validation": ([*run, "--data", "single"], ["no labelled val", "--no-validation"]),
+        "no test labels": ([*run, "--data", "blind", "--test"], ["no labelled test", "--test"]),
+        "batch too large": ([*run, "--batch-size", "41"], ["--batch-size 41", "40"]),
+        "another way resumed": (["--resume", "done", "--probe"], ["--probe", "--cached"]),
+        "another layer resumed": (["--resume", "done", "--layer", "layer1"], ["--layer", "layer4"]),
+        "folder taken": ([*run, "--out", "done"], ["--out", "--resume"]),
+        "flag of the methods": ([*run, "--width", "8"], ["--width"]),
+    }
+
+
+def test_wrong_uses_end_in_one_clear_line(pretrained, pictures, tmp_path, monkeypatch, capsys):
+    cases = wrong_uses(tmp_path, pictures, pretrained)
+    monkeypatch.chdir(tmp_path)
+    for name, (flags, words) in cases.items():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            linear.main([str(flag) for flag in flags])
+        err = capsys.readouterr().err.replace("\r", "\n")
+        assert end.value.code == 2, (name, err)
+        assert len(err.strip().splitlines()) == 1, (name, err)
+        assert all(word in err for word in words), (name, err)
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        linear.main(["--checkpoint", str(pretrained)])
+    assert "torchrun" in capsys.readouterr().err
+
+
+def test_what_a_user_sees(pretrained, tmp_path, capsys):
+    linear.main(["--checkpoint", str(pretrained), "--out", str(tmp_path / "run"), "--epochs", "2", "--test"])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if str(tmp_path) not in line and str(pretrained) not in line) <= 79
+    assert lines[-1] == f"next    python predict.py --checkpoint {tmp_path / 'run'} image.jpg"
+    assert lines[-2].startswith("top-1") and "at best" in lines[-2]
+    assert any(line.startswith("test    top-1") and "of 12 images" in line for line in lines[-7:])
+    assert f"wrote   {tmp_path / 'run/linear.pt'}" in lines and Image.open(tmp_path / "run/confusion.png").size
+    assert any(line.startswith("bee") for line in lines)
