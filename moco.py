@@ -59,9 +59,9 @@ import knn
 
 # The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
 RECIPES = {
-    "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.4, weight_decay=1e-4,
-                warmup_epochs=0.6, queue_size=256, momentum_encoder=0.99, temperature=0.2, head="mlp",
-                min_crop=0.4, blur=0.0, bn_splits=4),
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=7, batch_size=64, lr=0.4, weight_decay=1e-4,
+                warmup_epochs=0.7, queue_size=256, momentum_encoder=0.99, temperature=0.2, head="mlp",
+                min_crop=0.4, blur=0.0, bn_splits=2),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=200, batch_size=512, lr=0.03,
                   weight_decay=5e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
                   temperature=0.1, head="linear", min_crop=0.08, blur=0.0),
