@@ -729,10 +729,9 @@ class Run:
             raise UsageError(f"--out {self.folder}: {free / 1e6:,.0f} MB free, checkpoints need "
                              f"{needed / 1e6:,.0f} MB; make room or choose another folder")
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
             for number in itertools.count(2):
                 try:
-                    self.folder.mkdir(exist_ok=not self.unnamed)
+                    self.folder.mkdir(parents=True, exist_ok=not self.unnamed)
                     break
                 except FileExistsError:  # another run began in the same second
                     if not self.unnamed:
