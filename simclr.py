@@ -39,7 +39,7 @@ Departures  1. `cifar` takes the recipe of a public one-file implementation, whi
 Health      The loss starts near chance, log(2N - 1), and falls; how far depends on N and T: only compare runs
             of the same two. `accuracy` is the share of the 2N outputs that find their partner, 1/(2N - 1) by
             chance. A loss that stays at chance: no output finds its partner. Ablations on `toy`, where the
-            recipe has accuracy @@ACC@@ and kNN @@SIMCLR@@:
+            recipe has accuracy 0.27 and kNN 99.8 %:
             --no-color-jitter    accuracy 0.93, kNN 29.6 %: grey levels alone tell the partners, glyphs are
                                  not needed (untrained 27.9 %).
             --no-projector       kNN 92.8 %: the loss now falls on the features themselves.
