@@ -116,9 +116,9 @@ def main(argv=None):
             needed = name == "simsiam" and "linear" in args.only
             if name not in args.only and not needed:
                 continue
-            started = time.perf_counter()
             finish(start([*command, "--out", name], folder))
-            longest = 0.5 * (time.perf_counter() - started) / max(1, share // 2)
+            # So that about half of the way is left when the last of its ends has come.
+            longest = common.read_metrics(folder / name)[-1]["seconds"] / share
             if name not in args.only:
                 continue
             killed, kinds, at = folder / f"{name}-killed", [], []
