@@ -156,17 +156,17 @@ def test_killed_and_resumed_equals_never_killed(run, food, tmp_path):
             assert one.get(key) == two.get(key)
 
 
-def test_a_copied_method_runs(run, tmp_path):
+def test_a_copied_method_runs(run, food, tmp_path):
     """Fork one file: copy it beside the others under another name, or elsewhere with them on the path."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     (tmp_path / "simsiam.py").rename(tmp_path / "mine.py")
-    out = run(tmp_path / "mine.py", "--max-steps", "2", "--out", "run", "--knn-every", "0").stdout
+    out = run(tmp_path / "mine.py", "--data", food, *TINY, "--max-steps", "2", "--out", "run").stdout
     assert "epoch 1/1" in out and (tmp_path / "run/last.pt").exists()
 
 
-def test_views_picture(run, tmp_path):
-    run("simsiam.py", "--views-png", "views.png")
+def test_views_picture(run, food, tmp_path):
+    run("simsiam.py", "--data", food, *TINY, "--views-png", "views.png")
     assert Image.open(tmp_path / "views.png").size == (4 + 3 * 100, 4 + 8 * 100)
     assert not (tmp_path / "runs").exists()
 
