@@ -111,12 +111,11 @@ def test_from_pictures_to_answers(run, food, tmp_path):
         assert scores["val"]["images"] == 10 and ("test" in scores) == (way == "cached")
         assert f"top-1 {scores['val']['top1']:.2f} %" in out
         assert Image.open(tmp_path / way / "confusion.png").width > 100
-
-        folder = "food-11/testing" if way == "cached" else "food-11/validation"
-        answers = json.loads(run("predict.py", "--checkpoint", way, folder, "--json", "--amp", "off").stdout)
-        right = sum(Path(answer["file"]).parent.name == answer["class"] for answer in answers)
-        score = scores["test" if way == "cached" else "val"]
-        assert len(answers) == score["images"] and 100 * right / len(answers) == pytest.approx(score["top1"], abs=1e-9)
+        if way == "finetune":  # answers about the files have exactly the accuracy that was printed
+            answers = json.loads(run("predict.py", "--checkpoint", way, "food-11/validation", "--json", "--amp",
+                                     "off").stdout)
+            right = sum(Path(answer["file"]).parent.name == answer["class"] for answer in answers)
+            assert len(answers) == 10 and 100 * right / 10 == scores["val"]["top1"]
 
     if importlib.util.find_spec("matplotlib"):
         out = run("plot.py", "finetune", "from-scratch", "--out", "curves.png").stdout
