@@ -1,4 +1,4 @@
-"""Short seeded runs on a part of the drawn set: every method must learn, and an ablation must not."""
+"""Short seeded runs on a part of the drawn set: every method must learn."""
 
 import importlib
 
@@ -41,8 +41,3 @@ def test_a_short_run_learns(train, method):
     assert rows[0]["epoch"] == 0 and rows[-1]["knn"] > rows[0]["knn"] + margin
     if method == "simsiam":
         assert rows[-1]["std"] > 0.8
-
-
-def test_simsiam_without_stop_gradient_collapses(train):
-    rows = train("simsiam", *RUNS["simsiam"][0], "--knn-every", "0", "--no-stop-gradient")
-    assert rows[-1]["loss"] < -0.85 and rows[-1]["std"] < 0.5 and rows[-1]["knn"] is None
