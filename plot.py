@@ -261,11 +261,11 @@ def parse_args(argv):
 @common.command
 def main(argv=None):
     args = parse_args(argv)
+    runs = [read_run(folder) for folder in args.runs]
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise common.UsageError("curves need the package: pip install matplotlib") from None
-    runs = [read_run(folder) for folder in args.runs]
     labels = args.labels or make_labels(runs)
     figure, picture = draw(runs, labels, args.against), io.BytesIO()
     with warnings.catch_warnings(record=True) as remarks:  # one for every letter and size
