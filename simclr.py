@@ -30,7 +30,7 @@ Departures  1. `cifar` takes the recipe of a public one-file implementation, whi
                epochs of ResNet-18: SGD, crops from 0.2, grey 0.1, hidden layer of 1024. LARS exists to
                keep batches of thousands stable; 512 do without, and 1000 epochs are too long for most.
                The authors' own command for ResNet-18: --optimizer lars --lr 1 --weight-decay 1e-4
-               --epochs 1000 --min-crop 0.08 --grey 0.2 --hidden-dim 512.
+               --epochs 1000 --min-crop 0.08 --grey 0.2 --hidden-dim 512 (decay 1e-6 in one version).
             2. The output of g has BatchNorm without shift, as in the authors' code (the paper is silent); the
                code's scale is left out too, as SimSiam does.
             3. Views are normalised by mean and standard deviation; the authors' code leaves them in [0, 1].
