@@ -1,6 +1,8 @@
 """Random image operations on whole batches, on any device, each image with its own draw.
 
-Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are float32 in [0, 1] and new tensors.
+Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are float32 in [0, 1]. They are new tensors; with
+        inplace=True an operation may write into the float tensor it got, and return that: in a recipe, where
+        nobody else looks at it, this saves a copy.
         Given the same parameters, each operation equals torchvision's operation on one float tensor to 1e-5.
 Draws   Every random number is drawn on the host, from an optional CPU torch.Generator, and only then moved to
         the images. So a seed gives the same views on every device; and the host knows whose coin said no,
@@ -12,8 +14,8 @@ A recipe is a function of a batch and reads like the sentence in the paper:
 
     def view(images):
         x = random_resized_crop(images, 32, scale=(0.2, 1.0), flip=0.5)
-        x = color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8)
-        x = random_grayscale(x, p=0.2)
+        x = color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, inplace=True)
+        x = random_grayscale(x, p=0.2, inplace=True)
         return normalize(x, mean, std)
 """
 
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK_PIXELS = 1 << 16      # pixels a chunk on a CPU: 64 images of 32x32, one of 224x224; 768 kB as float32
-BLOCK = 64                # output pixels a matrix product computes at once, where the matrix is a narrow band
+BLOCK = 64                # at most so many output pixels at once, where a matrix is a narrow band
 RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            # luminance of ITU-R BT.601
 
 
@@ -41,16 +43,16 @@ def _check_square(images):
         raise ValueError(f"images must be square, got {images.shape[2]}x{images.shape[3]} (height x width)")
 
 
-def _copy(images):
-    """A contiguous float32 copy in [0, 1], free to be changed in place."""
-    x = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return x.div_(255) if images.dtype == torch.uint8 else x
-
-
 def _float(images):
     """Contiguous float32 in [0, 1]; the very same tensor where it is that already."""
     x = images.to(torch.float32).contiguous()
     return x.div_(255) if images.dtype == torch.uint8 else x
+
+
+def _own(images, inplace=False):
+    """Contiguous float32 in [0, 1] to write into: a copy, or with inplace what _float gives."""
+    x = _float(images)
+    return x.clone() if x is images and not inplace else x
 
 
 def _send(host, device):
@@ -109,21 +111,45 @@ def _chunks(n, images, start=0):
     return [slice(i, min(i + step, n)) for i in range(start, n, step)]
 
 
-def _two_products(out, wy, x, wx, bands_y, bands_x):
-    """out[n, c] = wy[n] @ x[n, :, c] @ wx[n]^T, skipping what is known to be zero.
+def _replace(x, which, function):
+    """x[which] = function(x[which], s), for host indices (M,); s is the part of 0..M-1 at hand. Returns x.
+
+    x         (N, 3, H, W) float32, written to.  function may change what it gets.
+    """
+    for s in _chunks(len(which), x):
+        there = _send(which[s], x.device)
+        x.index_copy_(0, there, function(x.index_select(0, there), s))
+    return x
+
+
+def _block(size):
+    """How many rows of a banded matrix of `size` rows make a block: all the same, but perhaps for the last."""
+    return math.ceil(size / math.ceil(size / BLOCK))
+
+
+def _two_products(out, wy, first_y, x, wx, first_x):
+    """out[n, c] = Wy[n] @ x[n, c] @ Wx[n]^T, for matrices that are narrow bands.
 
     out      (n, 3, h, w), written to.
-    wy, wx   (n, h, H) and (n, w, W), one matrix for each image.
-    x        (n, H, 3, W): with the channels in the middle, both are plain products of two matrices an image.
-    bands_y  [(first, last), ...]: each BLOCK of wy's rows is zero outside the columns first..last-1.
+    x        (n, 3, H, W).
+    wy, wx   (n, blocks, block, band): of each block of rows only a band of columns, all others are zero. Rows
+             beyond h (or w) do not count.
+    first_y, first_x  for each block the row (column) of x where its band begins.
+
+    Every product reads and writes its blocks where they lie: nothing is turned round or copied between them.
     """
-    n, _, height, width = out.shape
-    rows = [wy[:, b * BLOCK:(b + 1) * BLOCK, j:k] @ x[:, j:k].flatten(2) for b, (j, k) in enumerate(bands_y)]
-    x = torch.cat(rows, dim=1).view(n, 3 * height, -1)                                      # (n, 3h, W)
-    for b, (j, k) in enumerate(bands_x):
-        i = slice(b * BLOCK, (b + 1) * BLOCK)
-        columns = x[:, :, j:k] @ wx[:, i, j:k].mT                                           # (n, 3h, BLOCK)
-        out[..., i] = columns.view(n, height, 3, -1).transpose(1, 2)
+    n, _, height, width = x.shape
+    wide = torch.empty(n, 3 * height, out.shape[3], device=x.device)
+    lines = x.reshape(n, 3 * height, width)
+    for b, j in enumerate(first_x):
+        columns = wide[:, :, b * wx.shape[2]:(b + 1) * wx.shape[2]]
+        w = wx[:, b, :columns.shape[2]]
+        torch.bmm(lines[:, :, j:j + w.shape[2]], w.mT, out=columns)                         # (n, 3H, block)
+    wide, out = wide.view(3 * n, height, -1), out.view(3 * n, *out.shape[2:])
+    for b, j in enumerate(first_y):
+        rows = out[:, b * wy.shape[2]:(b + 1) * wy.shape[2]]
+        w = wy[:, b, None, :rows.shape[1]].expand(-1, 3, -1, -1).flatten(0, 1)              # (3n, block, band)
+        torch.bmm(w, wide[:, j:j + w.shape[2]], out=rows)                                   # (3n, block, w)
 
 
 # ------------------------------------------------------------------------------- crop, resize, flip
@@ -166,54 +192,59 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
     return torch.cat([top * squash_y, left * squash_x, h * squash_y, w * squash_x], dim=1).float()  # (n, 4)
 
 
-def _bands(start, length, side, size, reach, flip):
-    """The stored pixels first..last-1 that each BLOCK of output pixels looks at: host (N, blocks, 2)."""
-    step = length / size                                                                    # (N, 1)
-    i = torch.arange(0, size, BLOCK)                                                        # (blocks,)
-    k = (i + BLOCK).clamp(max=size)
-    if flip is not None:
-        i, k = torch.where(flip, size - k, i), torch.where(flip, size - i, k)
+def _bands(start, length, sides, size, flip, reach):
+    """The stored pixels that each block of output pixels looks at, on both axes, as nested lists.
+
+    start, length, flip  (N, 2, 1): see _resize_weights.  sides (2, 1): height and width of the stored images.
+    reach                of the filter, in steps or pixels.
+    returns              [[[(first, last + 1) for each block] for both axes] for each image].
+    """
+    step = length / size                                                                    # (N, 2, 1)
+    i = torch.arange(0, size, _block(size))                                                 # (blocks,)
+    k = (i + _block(size)).clamp(max=size)
+    i, k = torch.where(flip, size - k, i), torch.where(flip, size - i, k)                   # (N, 2, blocks)
     margin = reach * step.clamp(min=1)
     first = torch.maximum(start + (i + 0.5) * step - margin, start).floor()
-    last = torch.minimum(start + (k - 0.5) * step + margin, start + length).ceil().clamp(max=side)
-    return torch.stack([first, last], dim=2).int()
+    end = torch.minimum(start + (k - 0.5) * step + margin, start + length).ceil()
+    return torch.stack([first, end.minimum(sides)], dim=3).int().tolist()
 
 
 def _union(bands):
-    """(n, blocks, 2) -> first and last pixel that these images need, and each block's, from first on."""
-    first, last = bands[..., 0].amin(0).tolist(), bands[..., 1].amax(0).tolist()
-    low = min(first)
-    return low, max(last), [(j - low, k - low) for j, k in zip(first, last, strict=True)]
+    """Some images' bands of one axis -> each block's first pixel, and the width of a band that holds all bands."""
+    ends = [([first for first, _ in block], [end for _, end in block]) for block in zip(*bands, strict=True)]
+    width = max(max(end) - min(first) for first, end in ends)
+    last = max(max(end) for _, end in ends) - width
+    return [min(min(first), last) for first, _ in ends], width
 
 
-def _resize_weights(start, length, first, last, size, flip, interpolation):
-    """The matrix that crops and resizes one axis: (n, size, last-first), rows sum to 1.
+def _resize_weights(start, length, first, width, size, flip, interpolation):
+    """The matrices that crop and resize both axes, as _two_products wants them: (n, 2, blocks, block, width).
 
-    start, length  (n, 1, 1) the crop on this axis, in pixels of the stored image.
-    first, last    the matrix's columns stand for the stored pixels first..last-1.
-    flip           (n, 1, 1) bool, mirror the output; or None.
+    start, length  (n, 2, 1, 1, 1) the crop, in pixels of the stored image: top and left, height and width.
+    first          (2, blocks, 1, 1) the stored pixel where each block's band begins; it is `width` pixels wide.
+    flip           (n, 2, 1, 1, 1) bool, mirror the output on this axis.
 
     Output pixel i looks at the point c = start + (i + 1/2) * step, step = length / size. A stored pixel j,
     its centre at j + 1/2, counts by its distance |j + 1/2 - c|, measured in steps when the image shrinks (the
     filter widens and misses no pixel: antialiasing) and in stored pixels when it grows. Pixels outside the
     crop do not count; those that the edge of a fractional crop cuts count by their share inside.
     """
-    i = torch.arange(size, device=start.device)[:, None] + 0.5                              # (size, 1)
-    j = torch.arange(first, last, device=start.device) + 0.5                                # (last-first,)
+    i = torch.arange(first.shape[1] * _block(size), device=start.device) + 0.5
+    i = i.view(first.shape[1], -1, 1)                                                   # (blocks, block, 1)
+    i = torch.where(flip, size - i, i)                                                  # (n, 2, blocks, block, 1)
+    j = torch.arange(width, device=start.device) + 0.5 + first - start                  # (n, 2, blocks, 1, width)
     step = length / size
-    if flip is not None:
-        i = torch.where(flip, size - i, i)                                                  # (n, size, 1)
-    t = ((j - start) - i * step).div_(step.clamp(min=1)).abs_()                     # (n, size, last-first)
+    inside = (length + 0.5 - j).clamp_(0, 1).mul_((j + 0.5).clamp_(0, 1))
+    t = (j - i * step).div_(step.clamp(min=1)).abs_()                               # (n, 2, blocks, block, width)
     if interpolation == "bilinear":
-        w = torch.rsub(t, 1).clamp_(min=0)                                                 # 1 - t up to t = 1
+        w = t.neg_().add_(1).clamp_(min=0)                                                 # 1 - t up to t = 1
     else:
         # Keys' cubic, a = -1/2: 1.5 t^3 - 2.5 t^2 + 1 on [0, 1], then -0.5 t^3 + 2.5 t^2 - 4 t + 2 on [1, 2].
         # Both are 0 at the end of their range that the clamp holds them at, so that their sum is the filter.
         t1, t2 = t.clamp(max=1), t.clamp(1, 2)
         w = (1.5 * t1 - 2.5) * t1 * t1 + 1 + ((-0.5 * t2 + 2.5) * t2 - 4) * t2 + 2
-    inside = (start + length + 0.5 - j).clamp(0, 1) * (j + 0.5 - start).clamp(0, 1)       # (n, 1, last-first)
     w.mul_(inside)
-    return w.div_(w.sum(2, keepdim=True))
+    return w.div_(w.sum(4, keepdim=True))
 
 
 def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
@@ -232,31 +263,30 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
     _check_host(boxes, (n, 4), "boxes")
     boxes = boxes.float()
-    top, left, h, w = boxes.split(1, dim=1)                                                 # (N, 1)
-    if not bool(((boxes[:, :2] >= 0).all(1, True) & (boxes[:, 2:] > 0).all(1, True)
-                 & (top + h <= height + 1e-3) & (left + w <= width + 1e-3)).all()):
+    start, length = boxes[:, :2, None], boxes[:, 2:, None]                                  # (N, 2, 1)
+    sides = torch.tensor([height, width])[:, None]
+    if not bool(((start >= 0) & (length > 0) & (start + length <= sides + 1e-3)).all()):
         raise ValueError(f"boxes must lie within the {height}x{width} images and not be empty")
+    flips = torch.zeros(n, 2, 1, dtype=torch.bool)
     if flip is not None:
         _check_host(flip, (n,), "flip")
-        flip = flip.bool()[:, None]
-    reach = 1 if interpolation == "bilinear" else 2
-    bands_y, bands_x = _bands(top, h, height, size, reach, None), _bands(left, w, width, size, reach, flip)
+        flips[:, 1, 0] = flip
+    bands = _bands(start, length, sides, size, flips, 1 if interpolation == "bilinear" else 2)
 
     out = torch.empty(n, 3, size, size, device=images.device)
-    boxes = _send(boxes, images.device).view(n, 4, 1, 1)
-    flip = None if flip is None else _send(flip, images.device).view(n, 1, 1)
+    start, length, flips = (_send(v, images.device)[..., None, None] for v in (start, length, flips))
     with torch.autocast(images.device.type, enabled=False):         # bf16's 8 bits would spoil the picture
         for s in _chunks(n, images):
-            y0, y1, rows = _union(bands_y[s])
-            x0, x1, columns = _union(bands_x[s])
-            top, left, h, w = boxes[s].unbind(1)                                            # each (n, 1, 1)
-            wy = _resize_weights(top, h, y0, y1, size, None, interpolation)                 # (n, size, y1-y0)
-            wx = _resize_weights(left, w, x0, x1, size, None if flip is None else flip[s], interpolation)
+            (rows, high), (columns, wide) = (_union(axis) for axis in zip(*bands[s], strict=True))
+            first = _send(torch.tensor([rows, columns]), images.device)[..., None, None]        # (2, blocks, 1, 1)
+            w = _resize_weights(start[s], length[s], first, max(high, wide), size, flips[s], interpolation)
+            wy, wx = w[:, 0, ..., :high], w[:, 1, ..., :wide]                           # (n, blocks, block, band)
             if images.dtype == torch.uint8:
                 wy.div_(255)
-            x = images[s, :, y0:y1, x0:x1].transpose(1, 2)                              # (n, y1-y0, 3, x1-x0)
+            y0, x0 = min(rows), min(columns)
+            x = images[s, :, y0:max(rows) + high, x0:max(columns) + wide]
             x = x.to(torch.float32, memory_format=torch.contiguous_format)
-            _two_products(out[s], wy, x, wx, rows, columns)
+            _two_products(out[s], wy, [j - y0 for j in rows], x, wx, [j - x0 for j in columns])
     return out.clamp_(0, 1) if interpolation == "bicubic" else out
 
 
@@ -290,17 +320,16 @@ def center_crop(images, size, aspect=None, fraction=1.0):
     aspect = torch.ones(n) if aspect is None else torch.as_tensor(aspect).float()
     _check_host(aspect, (n,), "aspect")
     if size == side and fraction == 1 and bool((aspect == 1).all()):
-        return _copy(images)
+        return _own(images)
     # Of a picture a wide and 1 high, the square takes min(a, 1) of the height and min(1/a, 1) of the width.
     h, w = side * fraction * aspect.clamp(max=1), side * fraction * (1 / aspect).clamp(max=1)
     return resized_crop(images, torch.stack([(side - h) / 2, (side - w) / 2, h, w], dim=1), size)
 
 
-def random_horizontal_flip(x, p=0.5, generator=None):
-    """Mirror each image left-right with probability p."""
+def random_horizontal_flip(x, p=0.5, generator=None, inplace=False):
+    """Mirror each image left-right with probability p. inplace: may write into x, and return it."""
     _check(x)
-    heads, x = _send(_heads(len(x), p, generator), x.device), _copy(x)
-    return x.index_copy_(0, heads, x.index_select(0, heads).flip(3))
+    return _replace(_own(x, inplace), _heads(len(x), p, generator), lambda x, _: x.flip(3))
 
 
 def random_crop(x, padding=4, generator=None):
@@ -308,7 +337,7 @@ def random_crop(x, padding=4, generator=None):
     _check(x)
     top, left = draw(functools.partial(torch.randint, 0, 2 * padding + 1), (2, len(x)), generator, dim=1)
     # All shifted images exist as views of the padded ones; pick one each.
-    padded = F.pad(_copy(x), (padding, padding, padding, padding))
+    padded = F.pad(_float(x), (padding, padding, padding, padding))
     shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)           # (N, 3, 2p+1, 2p+1, H, W)
     return shifts[torch.arange(len(x), device=x.device), :, _send(top, x.device), _send(left, x.device)]
 
@@ -319,11 +348,10 @@ def rotate(x, k):
     _check_square(x)
     k = torch.as_tensor(k)
     _check_host(k, (len(x),), "k")
-    out = _copy(x)
+    x = _own(x)
     for turns in (1, 2, 3):
-        which = _send((k % 4 == turns).nonzero().flatten(), x.device)
-        out.index_copy_(0, which, out.index_select(0, which).rot90(turns, (2, 3)))
-    return out
+        _replace(x, (k % 4 == turns).nonzero().flatten(), lambda x, _, turns=turns: x.rot90(turns, (2, 3)))
+    return x
 
 
 # ------------------------------------------------------------------------------------------- colour
@@ -348,11 +376,17 @@ def _blend_matrices(factor, gray_share, mean_share):
     return own, (1 - factor) * mean_share * luminance
 
 
-def _blend(x, own, mean):
-    """Apply _blend_matrices: x (n, 3, H, W), own (n, 3, 3), mean (n, 1, 3), on one device."""
+def _blend(x, own, mean=None, out=None):
+    """Apply _blend_matrices: x (n, 3, H, W), own (n, 3, 3), mean (n, 1, 3), None for zeros; all on one device.
+
+    out  (n, 3, H, W) contiguous, written to; None: a new tensor.
+    """
+    out = torch.empty(x.shape, device=x.device) if out is None else out
     pixels = x.flatten(2)                                                                   # (n, 3, HW)
-    offset = mean @ pixels.mean(2, keepdim=True)                                            # (n, 1, 1)
-    return torch.bmm(own, pixels).add_(offset).clamp_(0, 1).view(x.shape)
+    torch.bmm(own, pixels, out=out.flatten(2))
+    if mean is not None:
+        out.add_((mean @ pixels.mean(2, keepdim=True))[..., None])                          # (n, 1, 1, 1)
+    return out.clamp_(0, 1)
 
 
 def _hue_(x, shift):
@@ -408,14 +442,30 @@ def adjust_hue(x, factor):
     """Turn the hue by factor, (N,) host tensor in [-0.5, 0.5] of a full circle."""
     _check(x)
     factor = _send(_per_image(factor, len(x), "factor"), x.device)
-    return _hue_(_copy(x), factor.view(-1, 1, 1))
+    return _hue_(_own(x), factor.view(-1, 1, 1))
 
 
-def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None):
+def _jitter(x, hue_step, contrast, own, mean, shift):
+    """The four operations of color_jitter on images (n, 3, H, W) whose hue comes at step hue_step; x is used up.
+
+    contrast (n, 4) host bool; own (n, 4, 3, 3) and mean (n, 4, 1, 3) of _blend_matrices, shift (n, 4, 1, 1):
+    what each image has at each step.
+    """
+    spare = torch.empty_like(x)
+    for step in range(4):
+        if step == hue_step:
+            x = _hue_(x, shift[:, step])
+        else:
+            x, spare = _blend(x, own[:, step], mean[:, step] if contrast[:, step].any() else None, out=spare), x
+    return x
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None, inplace=False):
     """torchvision's RandomApply([ColorJitter(brightness, contrast, saturation, hue)], p), image by image.
 
     The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue's in [-hue, hue];
     each image has its own order of the four operations, all 24 equally likely. Returns (N, 3, H, W) float32.
+    inplace: may write into x, and return it.
     """
     _check(x)
     if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
@@ -427,34 +477,28 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     factors = torch.stack([_uniform(n, *r, generator) for r in ranges], dim=1)              # (N, 4)
     order = draw(torch.rand, (n, 4), generator).argsort(dim=1)       # (N, 4): what comes first, second, ...
 
-    # Images whose hue comes at the same step go together, sorted: their other steps are blends, each its own.
+    # Images whose hue comes at the same step go together: their other three steps are blends, each its own.
     hue_step = (order == 3).int().argmax(dim=1).masked_fill(~applies, 4)                 # (N,); 4: left alone
-    sort = hue_step.argsort()
-    ends = [0, *torch.bincount(hue_step, minlength=5).cumsum(0).tolist()]
+    sort, counts = hue_step.argsort(), torch.bincount(hue_step, minlength=5).tolist()
     order = order[sort]
     factors = factors[sort].gather(1, order)                            # (N, 4): the factor at each step
-    own, mean = _blend_matrices(factors, (order == 2).float(), (order == 1).float())
+    contrast = order == 1
+    own, mean = _blend_matrices(factors, (order == 2).float(), contrast.float())
     own, mean = _send(own, x.device), _send(mean, x.device)                                # (N, 4, 3 or 1, 3)
     shift = _send(factors, x.device)[..., None, None]                                       # (N, 4, 1, 1)
-    x = _float(x.index_select(0, _send(sort, x.device)))
+    groups = zip(*(v.split(counts) for v in (sort, contrast, own, mean, shift)), strict=True)
+
+    x = _own(x, inplace)
     with torch.autocast(x.device.type, enabled=False):
-        for group in range(4):
-            for s in _chunks(ends[group + 1], x, start=ends[group]):
-                y = x[s]
-                for step in range(4):
-                    if step != group:
-                        y = _blend(y, own[s, step], mean[s, step])
-                    elif hue > 0:
-                        y = _hue_(y, shift[s, step])
-                x[s] = y
-    return x.index_select(0, _send(sort.argsort(), x.device))
+        for step, (which, *draws) in zip(range(4), groups, strict=False):                # the fifth stays as it is
+            _replace(x, which, lambda x, s, step=step, draws=draws: _jitter(x, step, *(v[s] for v in draws)))
+    return x
 
 
-def random_grayscale(x, p=0.2, generator=None):
-    """Replace each image, with probability p, by its luminance in all three channels."""
+def random_grayscale(x, p=0.2, generator=None, inplace=False):
+    """Replace each image, with probability p, by its luminance. inplace: may write into x, and return it."""
     _check(x)
-    heads, x = _send(_heads(len(x), p, generator), x.device), _copy(x)
-    return x.index_copy_(0, heads, _gray(x.index_select(0, heads)).expand(-1, 3, -1, -1))
+    return _replace(_own(x, inplace), _heads(len(x), p, generator), lambda x, _: _gray(x).expand(-1, 3, -1, -1))
 
 
 # --------------------------------------------------------------------------------- blur, normalise
@@ -475,36 +519,50 @@ def blur(x, sigma, kernel_size):
     sigma = _per_image(sigma, n, "sigma")
     if bool((sigma <= 0).any()):
         raise ValueError("sigma must be greater than 0")
-    sigma = _send(sigma, x.device)[:, None]                                                 # (N, 1)
+    return _blur(_own(x), torch.arange(n), sigma, kernel_size)
+
+
+def _blur(x, which, sigma, kernel_size):
+    """x[which] = blur(x[which], sigma, kernel_size), for host indices (M,) and sigmas (M,). Returns x."""
+    sigma = _send(sigma, x.device)[:, None]                                                 # (M, 1)
     radius = kernel_size // 2
     t = torch.arange(-radius, radius + 1, device=x.device)
-    taps = (-0.5 * (t / sigma) ** 2).softmax(dim=1)                                         # (N, kernel)
+    taps = (-0.5 * (t / sigma) ** 2).softmax(dim=1)                                         # (M, kernel)
     taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
 
-    def source(side):
-        """The pixels that each output pixel's taps read, with -1 reflected to 1; and the bands."""
-        i = t + torch.arange(side, device=x.device)[:, None]                                # (side, kernel)
-        bands = [(max(0, b - radius), min(side, b + BLOCK + radius)) for b in range(0, side, BLOCK)]
-        return (side - 1) - ((side - 1) - i.abs()).abs(), bands
+    def axis(side):
+        """What _two_products wants to know of an axis: the columns in its band that a row's taps add to; the bands."""
+        block = _block(side)
+        rows = torch.arange(math.ceil(side / block) * block).clamp(max=side - 1)       # those beyond do not count
+        band = min(side, block + 2 * radius)
+        first = (rows[::block] - radius).clamp(0, side - band)                                # (blocks,)
+        i = rows[:, None] + torch.arange(-radius, radius + 1)                                 # (rows, kernel)
+        i = (side - 1) - ((side - 1) - i.abs()).abs()                                  # -1 is reflected to 1
+        i = i.view(len(first), block, -1) - first[:, None, None]
+        return _send(i, x.device), first.tolist(), band
 
-    def matrix(taps, source):
-        b = torch.zeros(len(taps), len(source), len(source), device=x.device)
-        return b.scatter_add_(2, source.expand(len(taps), -1, -1), taps[:, None].expand(-1, len(source), -1))
+    def matrix(taps, source, _, band):
+        b = torch.zeros(len(taps), *source.shape[:2], band, device=x.device)                # (n, blocks, block, band)
+        return b.scatter_add_(3, source.expand(len(taps), -1, -1, -1), taps[:, None, None].expand(-1, *source.shape))
 
-    (rows, bands_y), (columns, bands_x) = source(height), source(width)
-    out = torch.empty(x.shape, device=x.device)
+    y_axis, x_axis = (axis(side) for side in x.shape[2:])
+
+    def blurred(y, s):
+        by = matrix(taps[s], *y_axis)
+        bx = by if y.shape[2] == y.shape[3] else matrix(taps[s], *x_axis)
+        blurred = torch.empty_like(y)
+        _two_products(blurred, by, y_axis[1], y, bx, x_axis[1])
+        return blurred
+
     with torch.autocast(x.device.type, enabled=False):
-        for s in _chunks(n, x):
-            by = matrix(taps[s], rows)                                                      # (n, H, H)
-            bx = by if height == width else matrix(taps[s], columns)                        # (n, W, W)
-            _two_products(out[s], by, _float(x[s].transpose(1, 2)), bx, bands_y, bands_x)
-    return out
+        return _replace(x, which, blurred)
 
 
-def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None):
+def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, inplace=False):
     """Blur each image with probability p, by a sigma of its own, uniform in the range, in pixels.
 
     kernel_size  None: out to three of the largest sigma on either side, or to the edge of the image.
+    inplace      may write into x, and return it.
     """
     _check(x)
     if not 0 < sigma[0] <= sigma[1]:
@@ -512,8 +570,7 @@ def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None):
     if kernel_size is None:
         kernel_size = 2 * min(math.ceil(3 * sigma[1]), min(x.shape[2:]) - 1) + 1
     heads, sigmas = _heads(len(x), p, generator), _uniform(len(x), *sigma, generator)
-    which, x = _send(heads, x.device), _copy(x)
-    return x.index_copy_(0, which, blur(x.index_select(0, which), sigmas[heads], kernel_size))
+    return _blur(_own(x, inplace), heads, sigmas[heads], kernel_size)
 
 
 def normalize(x, mean, std):

@@ -110,7 +110,7 @@ def view(images, aspect, generator, args, mean, std):
     else:
         x = augment.center_crop(images, args.image_size, aspect)
         x = augment.random_crop(x, padding=args.image_size // 8, generator=generator)
-        x = augment.random_horizontal_flip(x, flip, generator=generator)
+        x = augment.random_horizontal_flip(x, flip, generator=generator, inplace=True)
     return augment.normalize(x, mean, std)
 
 

@@ -126,11 +126,11 @@ def view(images, aspect, generator, args, mean, std):
                                     interpolation="bicubic", generator=generator)
     # With p = 0 the jitter still takes its draws: the ablation's crops are those of the full recipe.
     p = 0.0 if args.no_color_jitter else 0.8
-    x = augment.color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=p, generator=generator)
-    x = augment.random_grayscale(x, p=args.grey, generator=generator)
+    x = augment.color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=p, generator=generator, inplace=True)
+    x = augment.random_grayscale(x, p=args.grey, generator=generator, inplace=True)
     # The kernel spans a tenth of the side, rounded to an odd number of pixels as in the authors' code.
     x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=args.blur, kernel_size=2 * (size // 20) + 1,
-                              generator=generator)
+                              generator=generator, inplace=True)
     return augment.normalize(x, mean, std)
 
 

@@ -90,9 +90,9 @@ def view(images, aspect, generator, args, mean, std):
     """
     x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
                                     aspect=aspect, generator=generator)
-    x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, generator=generator)
-    x = augment.random_grayscale(x, p=0.2, generator=generator)
-    x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=args.blur, generator=generator)
+    x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, generator=generator, inplace=True)
+    x = augment.random_grayscale(x, p=0.2, generator=generator, inplace=True)
+    x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=args.blur, generator=generator, inplace=True)
     return augment.normalize(x, mean, std)
 
 

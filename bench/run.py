@@ -135,10 +135,10 @@ class Report:
 def our_view(size, blur):
     def view(images):
         x = augment.random_resized_crop(images, size, scale=(0.2, 1.0), flip=0.5)
-        x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8)
-        x = augment.random_grayscale(x, p=0.2)
+        x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, inplace=True)
+        x = augment.random_grayscale(x, p=0.2, inplace=True)
         if blur:
-            x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=0.5)
+            x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, inplace=True)
         return augment.normalize(x, MEAN, STD)
     return view
 

@@ -364,6 +364,19 @@ def test_any_layout_and_size_and_the_input_stays_as_it_was(name, n):
             assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("name", ["random_horizontal_flip", "color_jitter", "random_grayscale", "gaussian_blur"])
+def test_in_place_the_result_is_the_same_and_takes_no_other_memory(name):
+    jitter = (0.4, 0.4, 0.4, 0.1) if name == "color_jitter" else ()
+    x = images(30, 12)
+    expected = getattr(augment, name)(x, *jitter, p=0.5, generator=generator(2))
+    for given in (x.double(), (x * 255).byte(), x.contiguous(memory_format=torch.channels_last), x[:, :, :, :8]):
+        before = given.clone()
+        getattr(augment, name)(given, *jitter, p=0.5, generator=generator(2), inplace=True)
+        assert torch.equal(given, before), "what has to be converted first is left as it was"
+    y = getattr(augment, name)(x, *jitter, p=0.5, generator=generator(2), inplace=True)
+    assert torch.equal(y, expected) and y.data_ptr() == x.data_ptr()
+
+
 def test_results_are_float32_under_autocast_too():
     x = images(6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
