@@ -55,7 +55,7 @@ def _own(images, inplace=False):
     return x.clone() if x is images and not inplace else x
 
 
-def _send(host, device):
+def send(host, device):
     """Move a small host tensor. From pinned memory the copy is asynchronous: the host does not wait."""
     if device.type == "cuda" and host.device.type == "cpu":
         host = host.pin_memory()
@@ -117,7 +117,7 @@ def _replace(x, which, function):
     x         (N, 3, H, W) float32, written to.  function may change what it gets.
     """
     for s in _chunks(len(which), x):
-        there = _send(which[s], x.device)
+        there = send(which[s], x.device)
         x.index_copy_(0, there, function(x.index_select(0, there), s))
     return x
 
@@ -274,11 +274,11 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
     bands = _bands(start, length, sides, size, flips, 1 if interpolation == "bilinear" else 2)
 
     out = torch.empty(n, 3, size, size, device=images.device)
-    start, length, flips = (_send(v, images.device)[..., None, None] for v in (start, length, flips))
+    start, length, flips = (send(v, images.device)[..., None, None] for v in (start, length, flips))
     with torch.autocast(images.device.type, enabled=False):         # bf16's 8 bits would spoil the picture
         for s in _chunks(n, images):
             (rows, high), (columns, wide) = (_union(axis) for axis in zip(*bands[s], strict=True))
-            first = _send(torch.tensor([rows, columns]), images.device)[..., None, None]        # (2, blocks, 1, 1)
+            first = send(torch.tensor([rows, columns]), images.device)[..., None, None]        # (2, blocks, 1, 1)
             w = _resize_weights(start[s], length[s], first, max(high, wide), size, flips[s], interpolation)
             wy, wx = w[:, 0, ..., :high], w[:, 1, ..., :wide]                           # (n, blocks, block, band)
             if images.dtype == torch.uint8:
@@ -339,7 +339,7 @@ def random_crop(x, padding=4, generator=None):
     # All shifted images exist as views of the padded ones; pick one each.
     padded = F.pad(_float(x), (padding, padding, padding, padding))
     shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)           # (N, 3, 2p+1, 2p+1, H, W)
-    return shifts[torch.arange(len(x), device=x.device), :, _send(top, x.device), _send(left, x.device)]
+    return shifts[torch.arange(len(x), device=x.device), :, send(top, x.device), send(left, x.device)]
 
 
 def rotate(x, k):
@@ -420,7 +420,7 @@ def _adjust(x, factor, gray_share, mean_share):
     one = torch.ones_like(factor)
     own, mean = _blend_matrices(factor, one * gray_share, one * mean_share)
     with torch.autocast(x.device.type, enabled=False):
-        return _blend(_float(x), _send(own, x.device), _send(mean, x.device))
+        return _blend(_float(x), send(own, x.device), send(mean, x.device))
 
 
 def adjust_brightness(x, factor):
@@ -441,7 +441,7 @@ def adjust_saturation(x, factor):
 def adjust_hue(x, factor):
     """Turn the hue by factor, (N,) host tensor in [-0.5, 0.5] of a full circle."""
     _check(x)
-    factor = _send(_per_image(factor, len(x), "factor"), x.device)
+    factor = send(_per_image(factor, len(x), "factor"), x.device)
     return _hue_(_own(x), factor.view(-1, 1, 1))
 
 
@@ -484,8 +484,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     factors = factors[sort].gather(1, order)                            # (N, 4): the factor at each step
     contrast = order == 1
     own, mean = _blend_matrices(factors, (order == 2).float(), contrast.float())
-    own, mean = _send(own, x.device), _send(mean, x.device)                                # (N, 4, 3 or 1, 3)
-    shift = _send(factors, x.device)[..., None, None]                                       # (N, 4, 1, 1)
+    own, mean = send(own, x.device), send(mean, x.device)                                # (N, 4, 3 or 1, 3)
+    shift = send(factors, x.device)[..., None, None]                                       # (N, 4, 1, 1)
     groups = zip(*(v.split(counts) for v in (sort, contrast, own, mean, shift)), strict=True)
 
     x = _own(x, inplace)
@@ -524,7 +524,7 @@ def blur(x, sigma, kernel_size):
 
 def _blur(x, which, sigma, kernel_size):
     """x[which] = blur(x[which], sigma, kernel_size), for host indices (M,) and sigmas (M,). Returns x."""
-    sigma = _send(sigma, x.device)[:, None]                                                 # (M, 1)
+    sigma = send(sigma, x.device)[:, None]                                                 # (M, 1)
     radius = kernel_size // 2
     t = torch.arange(-radius, radius + 1, device=x.device)
     taps = (-0.5 * (t / sigma) ** 2).softmax(dim=1)                                         # (M, kernel)
@@ -539,7 +539,7 @@ def _blur(x, which, sigma, kernel_size):
         i = rows[:, None] + torch.arange(-radius, radius + 1)                                 # (rows, kernel)
         i = (side - 1) - ((side - 1) - i.abs()).abs()                                  # -1 is reflected to 1
         i = i.view(len(first), block, -1) - first[:, None, None]
-        return _send(i, x.device), first.tolist(), band
+        return send(i, x.device), first.tolist(), band
 
     def matrix(taps, source, _, band):
         b = torch.zeros(len(taps), *source.shape[:2], band, device=x.device)                # (n, blocks, block, band)
@@ -579,7 +579,7 @@ def normalize(x, mean, std):
     mean, std = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
     if mean.numel() != 3 or std.numel() != 3:
         raise ValueError(f"mean and std must be three numbers each, got {mean.tolist()} and {std.tolist()}")
-    mean, std = _send(mean, x.device).view(1, 3, 1, 1), _send(std, x.device).view(1, 3, 1, 1)
+    mean, std = send(mean, x.device).view(1, 3, 1, 1), send(std, x.device).view(1, 3, 1, 1)
     out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)
     for s in _chunks(len(x), x):
         out[s] = (_float(x[s]) - mean).div_(std)

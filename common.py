@@ -61,7 +61,8 @@ class BasicBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        return self.relu(x + shortcut)
+        x += shortcut
+        return self.relu(x)
 
 
 class ResNet18(nn.Module):
@@ -460,7 +461,8 @@ def training_parser(doc, recipes, without=()):
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
         const=NEWEST)
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
-    add("--knn-every", "epochs between kNN evaluations, 0: never", type=whole(low=0), default=1)
+    add("--knn-every", "epochs between kNN evaluations, 0: never; each costs about a tenth to a fifth of an epoch",
+        type=whole(low=0))
     add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
     add("--knn-t", "temperature of their votes", type=real(low=0.02), default=0.1)
     add("--knn-split", "test: train on every training image and query the test split, as published CIFAR "
@@ -791,8 +793,10 @@ class Run:
         raises  UsageError for a loss that is NaN or infinite; Interrupted after a signal, when all is saved.
         """
         self.unchecked.append((step, lr, loss.detach()))
-        # Looking at a loss makes the host wait for a GPU: there it is done about once a second.
-        if self.watches or time.perf_counter() - self.checked > 1:
+        # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end
+        # of an epoch, so that the rate counts steps that are done and not only asked for.
+        ends = step % self.epoch_steps == 0 or step == self.total_steps
+        if self.watches or ends or time.perf_counter() - self.checked > 1:
             self._check()
         self.line.update(step, lr=lr, **self.meters)
         # At the end of an epoch its figures come first: save() does it.

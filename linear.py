@@ -442,8 +442,8 @@ def make_optimizer(args, parameters, lr):
         from simclr import LARS
         return LARS(parameters, lr, momentum=0.9, weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
-    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay)
+        return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
 
 
 @common.command

@@ -61,16 +61,16 @@ import knn
 RECIPES = {
     "toy": dict(image_size=32, stem="cifar", width=16, epochs=7, batch_size=64, lr=0.4, weight_decay=1e-4,
                 warmup_epochs=0.7, queue_size=256, momentum_encoder=0.99, temperature=0.2, head="mlp",
-                min_crop=0.4, blur=0.0, bn_splits=2),
+                min_crop=0.4, blur=0.0, bn_splits=2, knn_every=1),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=200, batch_size=512, lr=0.03,
                   weight_decay=5e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
-                  temperature=0.1, head="linear", min_crop=0.08, blur=0.0),
+                  temperature=0.1, head="linear", min_crop=0.08, blur=0.0, knn_every=5),
     "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.03,
                   weight_decay=1e-4, warmup_epochs=0.0, queue_size=65536, momentum_encoder=0.999,
-                  temperature=0.2, head="mlp", min_crop=0.2, blur=0.5),
+                  temperature=0.2, head="mlp", min_crop=0.2, blur=0.5, knn_every=5),
     "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.03,
                    weight_decay=1e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
-                   temperature=0.2, head="mlp", min_crop=0.2, blur=0.5),
+                   temperature=0.2, head="mlp", min_crop=0.2, blur=0.5, knn_every=5),
 }
 # What --v1 takes instead, whatever the data.
 V1 = dict(temperature=0.07, head="linear", blur=0.0)
@@ -323,7 +323,7 @@ def main(argv=None):
     # Model and optimiser.
     model = build_model(args).to(device, memory_format=torch.channels_last)
     lr = args.lr * args.batch_size / 256
-    optimizer = torch.optim.SGD(model.query_parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.query_parameters(), lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
     warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
     schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps,

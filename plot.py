@@ -37,7 +37,7 @@ TITLES = {
     "top5": "top-5 accuracy, %",
     "class_mean": "accuracy, mean of the classes, %",
 }
-NOT_DRAWN = {"epoch", "step", "seconds", "images_per_second", "knn_20", "knn_10"}
+NOT_DRAWN = {"epoch", "step", "seconds", "images_per_second", "knn_20", "knn_10", "knn_seconds"}
 TRAINING = {"train_top1", "rotation"}  # of training images: thin, beside the same figure of validation images
 FROM_ZERO = {"lr", "std", "accuracy"}  # a close-up of a healthy std would look like a drama
 

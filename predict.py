@@ -38,7 +38,7 @@ import common
 import data
 import knn
 
-CHUNK = 500  # files read, forwarded and answered at a time: a batch of knn.extract
+CHUNK = 500  # files read, forwarded and answered at a time
 SHOWN = 20   # queries in the picture of --neighbours
 FIELDS = ("file", "class", "class_index", "probability", "runner_up", "runner_up_probability")
 

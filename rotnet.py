@@ -57,13 +57,13 @@ import knn
 # The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images (not inputs).
 RECIPES = {
     "toy": dict(image_size=32, stem="cifar", width=16, epochs=3, batch_size=32, lr=0.8, weight_decay=5e-4,
-                warmup_epochs=0.3, schedule="cosine", crop="pad", min_crop=0.4),
+                warmup_epochs=0.3, schedule="cosine", crop="pad", min_crop=0.4, knn_every=1),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=200, batch_size=128, lr=0.2,
-                  weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="pad", min_crop=0.2),
+                  weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="pad", min_crop=0.2, knn_every=5),
     "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=100, batch_size=128, lr=0.2,
-                  weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2),
+                  weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2, knn_every=5),
     "photos": dict(image_size=128, stem="imagenet", width=64, epochs=100, batch_size=128, lr=0.2,
-                   weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2),
+                   weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2, knn_every=5),
 }
 
 
@@ -138,7 +138,7 @@ def turn(x, generator, args):
     """
     if args.one_rotation:
         y = augment.draw(functools.partial(torch.randint, 0, 4), (len(x),), generator)         # (N,)
-        x4, y4 = augment.rotate(x, y), y.to(x.device)
+        x4, y4 = augment.rotate(x, y), augment.send(y, x.device)
     else:
         x4, y4 = rotation_batch(x)                                             # (4N, 3, S, S), (4N,)
     if args.flip_after_rotation:
@@ -262,7 +262,7 @@ def main(argv=None):
     model = build_model(args).to(device, memory_format=torch.channels_last)
     lr = args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
-                                nesterov=True)
+                                nesterov=True, fused=True)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
     # Epochs 60, 120 and 160 of 200, and the same shares of any run.                            [S4.1]
     milestones = [round(share * total_steps) for share in (0.3, 0.6, 0.8)]

@@ -66,19 +66,19 @@ import knn
 RECIPES = {
     "toy": dict(image_size=32, stem="cifar", width=16, epochs=4, batch_size=64, lr=0.8, weight_decay=1e-4,
                 warmup_epochs=0.4, proj_layers=2, min_crop=0.4, blur=0.0, grey=0.2, jitter_strength=0.5,
-                temperature=0.5, hidden_dim=128, optimizer="sgd", lr_scaling="linear"),
+                temperature=0.5, hidden_dim=128, optimizer="sgd", lr_scaling="linear", knn_every=1),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=500, batch_size=512, lr=0.03,
                   weight_decay=5e-4, warmup_epochs=10.0, proj_layers=2, min_crop=0.2, blur=0.0, grey=0.1,
                   jitter_strength=0.5, temperature=0.5, hidden_dim=1024, optimizer="sgd",
-                  lr_scaling="linear"),
+                  lr_scaling="linear", knn_every=5),
     "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=200, batch_size=256, lr=1.2,
                   weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.5, grey=0.2,
                   jitter_strength=1.0, temperature=0.1, hidden_dim=512, optimizer="lars",
-                  lr_scaling="sqrt"),
+                  lr_scaling="sqrt", knn_every=5),
     "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=1.2,
                    weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.5, grey=0.2,
                    jitter_strength=1.0, temperature=0.1, hidden_dim=512, optimizer="lars",
-                   lr_scaling="sqrt"),
+                   lr_scaling="sqrt", knn_every=5),
 }
 
 
@@ -310,7 +310,7 @@ def main(argv=None):
     # Model and optimiser.
     model = build_model(args).to(device, memory_format=torch.channels_last)
     lr = scaled_lr(args.lr, args.batch_size, args.lr_scaling)
-    kind = LARS if args.optimizer == "lars" else torch.optim.SGD
+    kind = LARS if args.optimizer == "lars" else functools.partial(torch.optim.SGD, fused=True)
     optimizer = kind(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
     warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too

@@ -52,13 +52,13 @@ import knn
 # The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
 RECIPES = {
     "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.8, weight_decay=1e-4,
-                warmup_epochs=0.6, proj_layers=2, min_crop=0.4, blur=0.0),
+                warmup_epochs=0.6, proj_layers=2, min_crop=0.4, blur=0.0, knn_every=1),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=800, batch_size=512, lr=0.03,
-                  weight_decay=5e-4, warmup_epochs=0.0, proj_layers=2, min_crop=0.2, blur=0.0),
+                  weight_decay=5e-4, warmup_epochs=0.0, proj_layers=2, min_crop=0.2, blur=0.0, knn_every=5),
     "stl10": dict(image_size=96, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.05,
-                  weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5),
+                  weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5, knn_every=5),
     "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.05,
-                   weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5),
+                   weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5, knn_every=5),
 }
 
 
@@ -212,7 +212,7 @@ def main(argv=None):
     if not args.no_predictor:
         # h must keep up with a moving z: its rate does not decay (Section 4.2).
         groups.append({"params": model.predictor.parameters(), "fix_lr": True})
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
     warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
     schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps)

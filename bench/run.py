@@ -5,12 +5,13 @@
     losses     NT-Xent and InfoNCE, forward and backward, with peak memory, N = 256 to 4096 (InfoNCE on a CPU: 1024)
     knn        10,000 queries x 50,000 images x 512 features, k 200, against the bare product of matrices
     optimizer  a step of SGD and of LARS, and MoCo's moving average, for ResNet-18
-    training   images a second of each method, whole steps against forward and backward of the network alone
+    training   images a second of each method's own program, against forward and backward of the network alone, and
+               what the rest of a step goes to
 
-The sides of a comparison take turns, so that a slow moment of the machine hits both; each ratio is the median of
-the turns' ratios, with the least and the greatest beside it. torchvision and Pillow are always compared with;
-lightly (NT-Xent), faiss and scikit-learn (kNN) where they are installed. views and packing run on the CPU, the
-rest on --device.
+The sides of a comparison take turns, so that a slow moment of the machine hits both. "times as fast" is the median of
+the turns' ratios, peer's time / ours, with the least and the greatest in brackets. torchvision and Pillow are always
+compared with; lightly (NT-Xent), faiss and scikit-learn (kNN) where they are installed. views and packing run on the
+CPU, the rest on --device.
 """
 
 import argparse
@@ -44,7 +45,9 @@ import common  # noqa: E402
 import data  # noqa: E402
 import knn  # noqa: E402
 import moco  # noqa: E402
+import rotnet  # noqa: E402
 import simclr  # noqa: E402
+import simsiam  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -100,31 +103,35 @@ def peak_megabytes(work, device):
 
 
 class Report:
-    """Prints the rows of the table, and keeps them for the JSON file."""
+    """Prints the rows of the table, 79 columns, and keeps them for the JSON file."""
 
     def __init__(self):
         self.rows = []
-        print(f"{'what':<40}{'ours':>14}  {'peer':<22}{'ours/peer':>20}")
+        print(f"{'what':<31}{'ours':>12}  {'peer':<18}{'times as fast':>16}")
 
-    def row(self, section, what, times, work=1, unit="ms", peak=None):
-        """times: {"ours": [...], peer: [...], ...}.  work: how many units a turn does; unit: "ms" or "x/s"."""
-        ours, memory = times["ours"], f"  {peak:,.0f} MB" if peak is not None else ""
-        for peer, others in [(p, t) for p, t in times.items() if p != "ours"] or [(None, None)]:
-            ratio = ""
-            if peer is not None:  # how many times as fast as the peer
-                ratios = [b / a for a, b in zip(ours, others, strict=True)]
-                ratio = f"{statistics.median(ratios):.2f} x ({min(ratios):.2f}-{max(ratios):.2f})"
-            figures = [self.figure(t, work, unit) for t in (ours, others) if t is not None]
-            print(f"{what + memory:<40}{figures[0]:>14}  "
-                  f"{f'{peer} {figures[1]}' if peer else '':<22}{ratio:>20}", flush=True)
+    def row(self, section, what, times, work=1, unit="ms", **figures):
+        """A line for each peer.
+
+        times    {"ours": [seconds of each turn], peer: [...], ...}.
+        work     how many units a turn does.  unit: "ms" prints the time of a turn, "/s" the units a second.
+        figures  further measurements, for the JSON file.
+        """
+        ours = times["ours"]
+        for peer, others in [(p, t) for p, t in times.items() if p != "ours"]:
+            ratios = [b / a for a, b in zip(ours, others, strict=True)]
+            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            mine, theirs = (self.figure(t, work, unit) for t in (ours, others))
+            print(f"{what:<31}{mine:>12}  {f'{peer} {theirs}':<18}{ratio:>16}", flush=True)
             self.rows.append({"section": section, "what": what, "peer": peer, "unit": unit, "work": work,
-                              "ours_seconds": ours, "peer_seconds": others, "peak_megabytes": peak})
-            memory = ""
+                              "ours_seconds": ours, "peer_seconds": others, **figures})
+
+    def note(self, text):
+        print(f"    {text}", flush=True)
 
     @staticmethod
     def figure(times, work, unit):
         taken = statistics.median(times)
-        return f"{1000 * taken:,.1f} ms" if unit == "ms" else f"{work / taken:,.0f} {unit}"
+        return f"{1000 * taken:,.1f} ms" if unit == "ms" else f"{work / taken:,.0f}{unit}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -161,17 +168,18 @@ def their_view(size, blur):
     return lambda pictures: torch.stack([view(picture) for picture in pictures])
 
 
-def measure_views(report, rounds, device):
+def measure_views(report, rounds, device, batches=4):
     host = torch.device("cpu")
     for size, stored, batch, blur in [(32, 32, 256, False), (128, 144, 64, True), (224, 256, 32, True)]:
         images = F.interpolate(torch.rand(batch, 3, 8, 8), size=stored, mode="bicubic")          # smooth colours
         images = images.clamp(0, 1).mul(255).byte()
         pictures = [T.functional.to_pil_image(image) for image in images]
         ours, theirs = our_view(size, blur), their_view(size, blur)
-        times = compare({"ours": lambda f=ours, x=images: f(x), "PIL": lambda f=theirs, x=pictures: f(x)}, rounds, host)
-        peak = peak_megabytes(lambda f=ours, x=images: f(x), host)
-        copies = peak / (batch * 3 * size * size * 4 / 1e6)
-        report.row("views", f"views {size} px{', blur' if blur else ''} ({copies:.1f} copies)", times, batch, "/s")
+        times = compare({"ours": lambda f=ours, x=images: [f(x) for _ in range(batches)],
+                         "PIL": lambda f=theirs, x=pictures: [f(x) for _ in range(batches)]}, rounds, host)
+        copies = peak_megabytes(lambda f=ours, x=images: f(x), host) / (batch * 3 * size * size * 4 / 1e6)
+        report.row("views", f"views {size} px{', blur' if blur else ''}", times, batches * batch, "/s", copies=copies)
+        report.note(f"peak memory {copies:.1f} float copies of the views")
 
 
 def draw_jpegs(folder, count, side, finest):
@@ -231,14 +239,16 @@ def measure_losses(report, rounds, device):
                 return (z @ z.T).sum()
             sides["product"] = forward_backward(product, z1, z2)
         times = compare(sides, rounds if n < 4096 else min(rounds, 5), device)
-        report.row("losses", f"NT-Xent N={n}", times, peak=peak_megabytes(sides["ours"], device))
+        peak = peak_megabytes(sides["ours"], device)
+        report.row("losses", f"NT-Xent N {n}, {peak:,.0f} MB", times, peak_megabytes=peak)
     queue = F.normalize(torch.randn(65536, 128, device=device), dim=1)
     for n in (256, 1024, 4096) if device.type == "cuda" else (256, 1024):
         q, k = F.normalize(torch.randn(2, n, 128, device=device), dim=2)
         sides = {"ours": forward_backward(lambda a, k=k: moco.info_nce(a, k, queue, 0.2), q),
                  "product": forward_backward(lambda a: (a @ queue.T).sum(), q)}
         times = compare(sides, min(rounds, 3), device)
-        report.row("losses", f"InfoNCE N={n} K=65536", times, peak=peak_megabytes(sides["ours"], device))
+        peak = peak_megabytes(sides["ours"], device)
+        report.row("losses", f"InfoNCE N {n}, K 65536, {peak:,.0f} MB", times, peak_megabytes=peak)
 
 
 def measure_knn(report, rounds, device):
@@ -261,7 +271,8 @@ def measure_knn(report, rounds, device):
         model = sklearn.KNeighborsClassifier(200, metric="cosine").fit(bank.numpy(), labels.numpy())
         sides["sklearn"] = lambda: model.predict_proba(queries.numpy())
     times = compare(sides, min(rounds, 5), device)
-    report.row("knn", "kNN 10k x 50k x 512, k 200", times, peak=peak_megabytes(sides["ours"], device))
+    peak = peak_megabytes(sides["ours"], device)
+    report.row("knn", f"kNN 10k x 50k x 512, {peak:,.0f} MB", times, peak_megabytes=peak)
 
 
 def measure_optimizers(report, rounds, device):
@@ -272,17 +283,21 @@ def measure_optimizers(report, rounds, device):
         return model
 
     model, other = prepared(), prepared()
-    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    lars = simclr.LARS(other.parameters(), 0.1, weight_decay=1e-4)
-    report.row("optimizer", "LARS, ResNet-18", compare({"ours": lars.step, "SGD": sgd.step}, 3 * rounds, device))
+    loop = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=False).step
+    fused = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=True).step
+    lars = simclr.LARS(other.parameters(), 0.1, weight_decay=1e-4).step
 
     def one_by_one():
         with torch.no_grad():
             for k, q in zip(model.parameters(), other.parameters(), strict=True):
                 k.mul_(0.99).add_(q, alpha=0.01)
 
-    sides = {"ours": lambda: moco.ema_update(model.parameters(), other.parameters(), 0.99), "one by one": one_by_one}
-    report.row("optimizer", "EMA, ResNet-18", compare(sides, 3 * rounds, device))
+    for name, sides in {
+        "SGD, fused": {"ours": fused, "loop": loop},
+        "LARS": {"ours": lars, "SGD loop": loop},
+        "EMA": {"ours": lambda: moco.ema_update(model.parameters(), other.parameters(), 0.99), "loop": one_by_one},
+    }.items():
+        report.row("optimizer", f"{name}, ResNet-18", compare(sides, 3 * rounds, device))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -290,45 +305,97 @@ def measure_optimizers(report, rounds, device):
 # ------------------------------------------------------------------------------------------------
 
 
-def network_alone(method, model, args, x):
-    """Forward and backward of what a step computes with the network, on views that are there already."""
-    if method == "moco":
-        return lambda: model(x, x, None)[0].sum().backward()
-    if method == "simclr":
-        both = torch.cat([x, x])
-        return lambda: model(both).sum().backward()
-    if method == "simsiam":
-        return lambda: sum(p.sum() for view in (x, x) for p in model(view)[:1]).backward()
-    four = torch.cat([x] * 4)
-    return lambda: model(four).sum().backward()
+def parts_of_a_step(method, module, args, device, autocast):
+    """What a step of a method is made of, each part alone on data that are there already: {name: function}."""
+    model = module.build_model(args).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
+    n, size = args.batch_size, args.image_size
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
+    generator = augment.Share().manual_seed(0)
+
+    def view():
+        return module.view(images, torch.ones(n), generator, args, MEAN, STD)
+
+    x = view()
+    outputs = {"moco": lambda: model(x, x, torch.randperm(n))[:1],
+               "simclr": lambda: [model(torch.cat([x, x]))],
+               "simsiam": lambda: [model(x)[0], model(x)[0]],
+               "rotnet": lambda: [model(rotnet.rotation_batch(x)[0])]}[method]
+
+    def network():
+        model.zero_grad()
+        with autocast():
+            results = outputs()
+        torch.autograd.backward(results, [torch.randn_like(y) for y in results])
+
+    a, b = torch.randn(2, n, 4 if method == "rotnet" else args.dim, device=device)
+    loss = {"moco": lambda q: moco.info_nce(q, b, model.queue, args.temperature),
+            "simclr": lambda z: simclr.nt_xent(z, b, args.temperature),
+            "simsiam": lambda p: simsiam.symmetric_loss(p, b, p, b),
+            "rotnet": lambda y: rotnet.focal_loss(y.repeat(4, 1), torch.arange(4, device=device).repeat(n))}[method]
+
+    def update():
+        optimizer.step()
+        if method == "moco":
+            moco.ema_update(model.key_encoder.parameters(), model.query_parameters(), 0.99)
+
+    views = {"rotnet": lambda: rotnet.rotation_batch(view())}.get(method, lambda: (view(), view()))
+    return {"network": network, "views": views, "loss": forward_backward(loss, a), "optimizer": update}
 
 
-def measure_training(report, rounds, device, size=32, batch=64, width=16, steps=20):
-    for method in ("simsiam", "moco", "simclr", "rotnet"):
-        module = importlib.import_module(method)
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width,
-                     "--max-steps", steps, "--knn-every", 0, "--quiet", "--device", device.type, "--save-every", "999"]
-            rates = []
-            for turn in range(min(rounds, 3)):
-                module.main([str(flag) for flag in (*flags, "--out", f"{folder}/{turn}")])
-                rates.append(common.read_metrics(f"{folder}/{turn}")[-1]["images_per_second"])
-            saved = common.load_checkpoint(f"{folder}/0")
-        args = argparse.Namespace(**saved["args"])
-        model = module.build_model(args).to(device, memory_format=torch.channels_last).train()
-        autocast, _ = common.pick_precision("auto", device)
-        x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        work = network_alone(method, model, args, x)
+def seconds_of_a_step(module, flags, warm, steps, device):
+    """Mean over `steps` steps of a method's own program, after `warm` others."""
+    marks, after_step = [], common.Run.after_step
 
-        def alone(work=work, autocast=autocast):
-            with autocast():
-                work()
+    def watched(run, step, lr, loss):
+        after_step(run, step, lr, loss)
+        if step in (warm, warm + steps):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
 
-        times = compare({"ours": alone}, 3 * min(rounds, 3), device)["ours"]
-        whole, network = batch / statistics.median(rates), statistics.median(times)
-        report.row("training", f"{method} {size} px, batch {batch}, width {width}",
-                   {"ours": [batch / r for r in rates], "network alone": [network] * len(rates)}, batch, "images/s")
-        print(f"{'':<40}{max(0.0, 1 - network / whole):>13.1%}  of a step is not the network")
+    common.Run.after_step = watched
+    try:
+        module.main([str(flag) for flag in flags])
+    finally:
+        common.Run.after_step = after_step
+    return (marks[1] - marks[0]) / steps
+
+
+def measure_training(report, rounds, device, size=32, batch=64, width=16, stem="cifar", steps=20, compile=False):
+    warm, autocast = 5, common.pick_precision("auto", device)[0]
+    data.TOY_COUNT["train"] = batch * (warm + steps)  # one epoch: no pause in between
+    with tempfile.TemporaryDirectory() as folder:
+        for method, module in {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}.items():
+            flags = ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width, "--stem", stem,
+                     "--max-steps", warm + steps, "--knn-every", 0, "--quiet", "--device", device.type,
+                     "--cache", folder, *(["--compile"] if compile else [])]
+            times, peak = {"ours": []}, None
+            for turn in range(min(rounds, 5)):
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                out = f"{folder}/{method}-{turn}"
+                times["ours"].append(seconds_of_a_step(module, [*flags, "--out", out], warm, steps, device))
+                if turn == 0:
+                    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else None
+                    args = argparse.Namespace(**common.load_checkpoint(out)["args"])
+                    parts = parts_of_a_step(method, module, args, device, autocast)
+                    for part in parts.values():
+                        seconds(lambda part=part: [part() for _ in range(3)], device)
+                for name, part in parts.items():
+                    taken = seconds(lambda part=part: [part() for _ in range(steps)], device) / steps
+                    times.setdefault(name, []).append(taken)
+            report_training(report, f"{method} {size} px, bs {batch}, w {width}", times, batch, peak)
+
+
+def report_training(report, what, times, batch, peak):
+    """times: seconds of a step, "ours" of the whole, others of its parts.  peak: megabytes, or None."""
+    shares = {name: statistics.median(b / a for a, b in zip(times["ours"], part, strict=True))
+              for name, part in times.items() if name != "ours"}
+    report.row("training", what, {name: times[name] for name in ("ours", "network")}, batch, "/s", parts=times,
+               shares=shares, peak_megabytes=peak)
+    report.note(", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+                + f", rest {1 - sum(shares.values()):.1%}" + (f"; peak {peak:,.0f} MB" if peak else ""))
 
 
 SECTIONS = {"views": measure_views, "packing": measure_packing, "losses": measure_losses, "knn": measure_knn,
@@ -343,7 +410,9 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=32, help="of training: pixels a side (default: 32)")
     parser.add_argument("--batch", type=int, default=64, help="of training: images a step (default: 64)")
     parser.add_argument("--width", type=int, default=16, help="of training: of the network (default: 16)")
+    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of training (default: cifar)")
     parser.add_argument("--steps", type=int, default=20, help="of training: a turn (default: 20)")
+    parser.add_argument("--compile", action="store_true", help="of training: with torch.compile, its time left out")
     parser.add_argument("--json", metavar="FILE", help="also write the seconds of every turn here")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
@@ -352,13 +421,14 @@ def main(argv=None):
     random.seed(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
-    print(f"{name}; {versions}\n{rounds} turns, fewer of what takes long; median (least-most)\n")
+    print(f"{name}\n{versions}\n{rounds} turns, fewer of what takes long\n")
     report, threads = Report(), torch.get_num_threads()
     for section in args.only:
         torch.set_num_threads(1 if section in ("views", "packing") else threads)
         measure = SECTIONS[section]
         if section == "training":
-            measure = functools.partial(measure, size=args.size, batch=args.batch, width=args.width, steps=args.steps)
+            measure = functools.partial(measure, size=args.size, batch=args.batch, width=args.width, stem=args.stem,
+                                        steps=args.steps, compile=args.compile)
         measure(report, rounds, device)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": name, "versions": versions, "rows": report.rows}, indent=1))

@@ -218,7 +218,7 @@ CHECKS = {
 
 def flags(folder, name):
     return [*TINY, "--data", str(folder / "pictures"), "--image-size", "16", "--stem", "cifar", "--cache",
-            str(folder / "cache"), "--out", str(folder / f"{name}-2"), "--max-steps", "4"]
+            str(folder / "cache"), "--out", str(folder / f"{name}-2"), "--max-steps", "4", "--knn-every", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -364,7 +364,7 @@ def test_other_data_bring_their_classes_and_keep_the_networks_view(pretrained, p
 
 
 def figures(folder):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "knn_seconds")}
             for row in common.read_metrics(folder)]
 
 

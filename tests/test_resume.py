@@ -45,7 +45,7 @@ def train(pictures, tmp_path, monkeypatch):
 def state(folder):
     """All that must be the same, as one flat list: metrics without times, and the checkpoint without folder names."""
     checkpoint = torch.load(f"{folder}/last.pt", weights_only=True)
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "knn_seconds")}
             for row in common.read_metrics(folder)]
     flat = [("metrics", json.dumps(rows))]
 

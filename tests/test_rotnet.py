@@ -278,7 +278,7 @@ def test_a_step_trains_on_every_rotation(pictures, tmp_path, monkeypatch, flags,
         return plain(self, x)
 
     monkeypatch.setattr(rotnet.RotNet, "forward", forward)
-    rows, _ = train(pictures, tmp_path / "run", "--max-steps", "2", *flags)
+    rows, _ = train(pictures, tmp_path / "run", "--max-steps", "2", "--knn-every", "1", *flags)
     assert [n for n, training in seen if training] == [inputs] * 2
     assert [n for n, training in seen if not training] == [12] * 3  # 3 images, before and after 2 epochs
     assert all({"knn", "knn_layer2", "knn_layer3", "val_rotation"} <= row.keys() for row in rows)
