@@ -7,8 +7,9 @@ Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are float32 in [0, 1
 Draws   Every random number is drawn on the host, from an optional CPU torch.Generator, and only then moved to
         the images. So a seed gives the same views on every device; and the host knows whose coin said no,
         so that those images are skipped without asking the GPU anything. Nothing here waits for a GPU.
-Speed   On a CPU the work goes through in chunks that stay in the cache; elsewhere in one piece.
-Limits  Where TF32 products are allowed on a GPU, crops, blurs and jitter are exact to about 1e-3, not 1e-5.
+Speed   On a CPU the work goes through in chunks that stay in the cache; elsewhere in large ones.
+Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops, blurs and jitter are
+        exact to about 1e-3, not 1e-5.
 
 A recipe is a function of a batch and reads like the sentence in the paper:
 
@@ -25,7 +26,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-CHUNK_PIXELS = 1 << 16      # pixels a chunk on a CPU: 64 images of 32x32, one of 224x224; 768 kB as float32
+CHUNK_PIXELS = 1 << 16    # pixels a chunk on a CPU: 64 images of 32x32, one of 224x224; 768 kB as float32
+CHUNK_PIXELS_GPU = 1 << 22  # elsewhere: enough to keep a GPU busy, few enough to bound the memory in between
 BLOCK = 64                # at most so many output pixels at once, where a matrix is a narrow band
 RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            # luminance of ITU-R BT.601
 
@@ -44,15 +46,17 @@ def _check_square(images):
 
 
 def _float(images):
-    """Contiguous float32 in [0, 1]; the very same tensor where it is that already."""
+    """Contiguous float32 in [0, 1]; without a copy where it is that already."""
     x = images.to(torch.float32).contiguous()
     return x.div_(255) if images.dtype == torch.uint8 else x
 
 
 def _own(images, inplace=False):
     """Contiguous float32 in [0, 1] to write into: a copy, or with inplace what _float gives."""
-    x = _float(images)
-    return x.clone() if x is images and not inplace else x
+    if inplace:
+        return _float(images)
+    x = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return x.div_(255) if images.dtype == torch.uint8 else x
 
 
 def send(host, device):
@@ -104,11 +108,12 @@ def _heads(n, p, generator):
     return (draw(torch.rand, (n,), generator) < p).nonzero().flatten()
 
 
-def _chunks(n, images, start=0):
-    """Slices that cover start..n, each as many images as a CPU's cache holds; one slice on other devices."""
-    pixels = images.shape[2] * images.shape[3]
-    step = max(1, CHUNK_PIXELS // pixels if images.device.type == "cpu" else n)
-    return [slice(i, min(i + step, n)) for i in range(start, n, step)]
+def _chunks(n, images):
+    """Slices that cover 0..n, about equally long, each of no more images than a chunk may have pixels."""
+    limit = CHUNK_PIXELS if images.device.type == "cpu" else CHUNK_PIXELS_GPU
+    most = max(1, limit // (images.shape[2] * images.shape[3]))
+    step = max(1, math.ceil(n / max(1, math.ceil(n / most))))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 def _replace(x, which, function):
@@ -116,9 +121,9 @@ def _replace(x, which, function):
 
     x         (N, 3, H, W) float32, written to.  function may change what it gets.
     """
+    which = send(which, x.device)
     for s in _chunks(len(which), x):
-        there = send(which[s], x.device)
-        x.index_copy_(0, there, function(x.index_select(0, there), s))
+        x.index_copy_(0, which[s], function(x.index_select(0, which[s]), s))
     return x
 
 
@@ -136,7 +141,7 @@ def _two_products(out, wy, first_y, x, wx, first_x):
              beyond h (or w) do not count.
     first_y, first_x  for each block the row (column) of x where its band begins.
 
-    Every product reads and writes its blocks where they lie: nothing is turned round or copied between them.
+    Every product reads and writes its blocks where they lie: no image is turned round or copied between them.
     """
     n, _, height, width = x.shape
     wide = torch.empty(n, 3 * height, out.shape[3], device=x.device)
@@ -195,9 +200,9 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
 def _bands(start, length, sides, size, flip, reach):
     """The stored pixels that each block of output pixels looks at, on both axes, as nested lists.
 
-    start, length, flip  (N, 2, 1): see _resize_weights.  sides (2, 1): height and width of the stored images.
+    start, length, flip  (N, 2, 1): as _resize_weights has them.  sides (2, 1): height and width of the images.
     reach                of the filter, in steps or pixels.
-    returns              [[[(first, last + 1) for each block] for both axes] for each image].
+    returns              [[[[first, last + 1] for each block] for both axes] for each image].
     """
     step = length / size                                                                    # (N, 2, 1)
     i = torch.arange(0, size, _block(size))                                                 # (blocks,)
@@ -265,8 +270,10 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
     boxes = boxes.float()
     start, length = boxes[:, :2, None], boxes[:, 2:, None]                                  # (N, 2, 1)
     sides = torch.tensor([height, width])[:, None]
-    if not bool(((start >= 0) & (length > 0) & (start + length <= sides + 1e-3)).all()):
+    if not bool(((start >= 0) & (length >= 1e-3) & (start + length <= sides + 5e-4)).all()):
         raise ValueError(f"boxes must lie within the {height}x{width} images and not be empty")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     flips = torch.zeros(n, 2, 1, dtype=torch.bool)
     if flip is not None:
         _check_host(flip, (n,), "flip")
@@ -310,7 +317,7 @@ def center_crop(images, size, aspect=None, fraction=1.0):
 
     aspect    (N,) host tensor, original width/height of images squashed to the square; None: 1.
     fraction  side of the central square, as a share of the original's shorter side.
-    returns   (N, 3, size, size) float32; the images themselves where nothing is cropped or resized.
+    returns   (N, 3, size, size) float32; the same pixels where nothing is cropped or resized.
     """
     _check(images)
     _check_square(images)
@@ -445,18 +452,19 @@ def adjust_hue(x, factor):
     return _hue_(_own(x), factor.view(-1, 1, 1))
 
 
-def _jitter(x, hue_step, contrast, own, mean, shift):
+def _jitter(x, hue_step, is_contrast, own, mean, shift):
     """The four operations of color_jitter on images (n, 3, H, W) whose hue comes at step hue_step; x is used up.
 
-    contrast (n, 4) host bool; own (n, 4, 3, 3) and mean (n, 4, 1, 3) of _blend_matrices, shift (n, 4, 1, 1):
-    what each image has at each step.
+    is_contrast (n, 4) host bool; own (n, 4, 3, 3) and mean (n, 4, 1, 3) of _blend_matrices, shift (n, 4, 1, 1):
+    what each image has at each step. shift None: the hue stays.
     """
     spare = torch.empty_like(x)
     for step in range(4):
-        if step == hue_step:
+        if step != hue_step:
+            needed = is_contrast[:, step].any()  # the mean over the image, which only contrast looks at
+            x, spare = _blend(x, own[:, step], mean[:, step] if needed else None, out=spare), x
+        elif shift is not None:
             x = _hue_(x, shift[:, step])
-        else:
-            x, spare = _blend(x, own[:, step], mean[:, step] if contrast[:, step].any() else None, out=spare), x
     return x
 
 
@@ -482,16 +490,17 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     sort, counts = hue_step.argsort(), torch.bincount(hue_step, minlength=5).tolist()
     order = order[sort]
     factors = factors[sort].gather(1, order)                            # (N, 4): the factor at each step
-    contrast = order == 1
-    own, mean = _blend_matrices(factors, (order == 2).float(), contrast.float())
-    own, mean = send(own, x.device), send(mean, x.device)                                # (N, 4, 3 or 1, 3)
-    shift = send(factors, x.device)[..., None, None]                                       # (N, 4, 1, 1)
-    groups = zip(*(v.split(counts) for v in (sort, contrast, own, mean, shift)), strict=True)
+    is_contrast = order == 1
+    own, mean = _blend_matrices(factors, (order == 2).float(), is_contrast.float())
+    own, mean = send(own, x.device), send(mean, x.device)                                   # (N, 4, 3 or 1, 3)
+    shift = send(factors, x.device)[..., None, None]                                        # (N, 4, 1, 1)
+    groups = zip(*(v.split(counts) for v in (sort, is_contrast, own, mean, shift)), strict=True)
 
     x = _own(x, inplace)
     with torch.autocast(x.device.type, enabled=False):
-        for step, (which, *draws) in zip(range(4), groups, strict=False):                # the fifth stays as it is
-            _replace(x, which, lambda x, s, step=step, draws=draws: _jitter(x, step, *(v[s] for v in draws)))
+        for step, (which, c, o, m, h) in zip(range(4), groups, strict=False):       # the fifth stays as it is
+            _replace(x, which, lambda x, s, step=step, c=c, o=o, m=m, h=h:
+                     _jitter(x, step, c[s], o[s], m[s], h[s] if hue > 0 else None))
     return x
 
 
@@ -513,17 +522,19 @@ def blur(x, sigma, kernel_size):
     falls outside is added where the reflection puts it.
     """
     _check(x)
-    n, _, height, width = x.shape
-    if kernel_size % 2 != 1 or not 0 < kernel_size < 2 * min(height, width):
-        raise ValueError(f"kernel_size must be odd and less than {2 * min(height, width)}, got {kernel_size}")
-    sigma = _per_image(sigma, n, "sigma")
+    sigma = _per_image(sigma, len(x), "sigma")
     if bool((sigma <= 0).any()):
         raise ValueError("sigma must be greater than 0")
-    return _blur(_own(x), torch.arange(n), sigma, kernel_size)
+    return _blur(_own(x), torch.arange(len(x)), sigma, kernel_size)
 
 
 def _blur(x, which, sigma, kernel_size):
     """x[which] = blur(x[which], sigma, kernel_size), for host indices (M,) and sigmas (M,). Returns x."""
+    most = 2 * min(x.shape[2:])
+    if kernel_size % 2 != 1 or not 0 < kernel_size < most:
+        raise ValueError(f"kernel_size must be odd and less than {most}, got {kernel_size}")
+    if len(which) == 0:  # a recipe without blur
+        return x
     sigma = send(sigma, x.device)[:, None]                                                 # (M, 1)
     radius = kernel_size // 2
     t = torch.arange(-radius, radius + 1, device=x.device)
@@ -541,18 +552,20 @@ def _blur(x, which, sigma, kernel_size):
         i = i.view(len(first), block, -1) - first[:, None, None]
         return send(i, x.device), first.tolist(), band
 
-    def matrix(taps, source, _, band):
+    def matrix(taps, source, band):
         b = torch.zeros(len(taps), *source.shape[:2], band, device=x.device)                # (n, blocks, block, band)
         return b.scatter_add_(3, source.expand(len(taps), -1, -1, -1), taps[:, None, None].expand(-1, *source.shape))
 
-    y_axis, x_axis = (axis(side) for side in x.shape[2:])
+    square = x.shape[2] == x.shape[3]
+    rows, first_y, high = axis(x.shape[2])
+    columns, first_x, wide = (rows, first_y, high) if square else axis(x.shape[3])
 
-    def blurred(y, s):
-        by = matrix(taps[s], *y_axis)
-        bx = by if y.shape[2] == y.shape[3] else matrix(taps[s], *x_axis)
-        blurred = torch.empty_like(y)
-        _two_products(blurred, by, y_axis[1], y, bx, x_axis[1])
-        return blurred
+    def blurred(x, s):
+        wy = matrix(taps[s], rows, high)
+        wx = wy if square else matrix(taps[s], columns, wide)
+        out = torch.empty_like(x)
+        _two_products(out, wy, first_y, x, wx, first_x)
+        return out
 
     with torch.autocast(x.device.type, enabled=False):
         return _replace(x, which, blurred)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
@@ -377,6 +378,30 @@ def test_in_place_the_result_is_the_same_and_takes_no_other_memory(name):
     assert torch.equal(y, expected) and y.data_ptr() == x.data_ptr()
 
 
+def test_a_tensor_of_torchvisions_own_kind_stays_as_it_was():
+    x = tv_tensors.Image(images(5, 14))
+    before = x.clone()
+    for f in RANDOM.values():
+        f(x, generator(6)).fill_(-1)
+    augment.center_crop(x, 14).fill_(-1)
+    assert torch.equal(x, before)
+
+
+def test_without_hue_no_hue_is_turned():
+    x = images(20, 8)
+    assert torch.equal(augment.color_jitter(x, 0, 0, 0, 0, generator=generator()), x)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 24, 256])
+def test_no_chunk_is_larger_than_it_may_be(n):
+    for side in (8, 32, 150, 224, 300):
+        x = torch.empty(1, 3, side, side).expand(n, 3, side, side)
+        chunks = augment._chunks(n, x)
+        assert [i for s in chunks for i in range(s.start, s.stop)] == list(range(n))
+        sizes = [s.stop - s.start for s in chunks]
+        assert all(size == 1 or size * side * side <= augment.CHUNK_PIXELS for size in sizes)
+
+
 def test_results_are_float32_under_autocast_too():
     x = images(6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -404,6 +429,11 @@ def test_results_are_float32_under_autocast_too():
     (lambda x: augment.blur(x, torch.ones(4), 17), "kernel_size"),
     (lambda x: augment.blur(x, torch.zeros(4), 3), "sigma"),
     (lambda x: augment.gaussian_blur(x, (2.0, 0.1)), "sigma"),
+    (lambda x: augment.gaussian_blur(x, kernel_size=4), "kernel_size"),
+    (lambda x: augment.gaussian_blur(x, kernel_size=17, p=0.0), "kernel_size"),
+    (lambda x: augment.resized_crop(x, torch.tensor([[8, 8, 1e-3, 1e-3]]).expand(4, 4), 8), "boxes"),
+    (lambda x: augment.resized_crop(x, torch.tensor([[0, 0, 1e-30, 8]]).expand(4, 4), 8), "boxes"),
+    (lambda x: augment.resized_crop(x, torch.tensor([[0, 0, 8.0, 8]]).expand(4, 4), 0), "size"),
     (lambda x: augment.center_crop(x, 8, fraction=1.5), "fraction"),
     (lambda x: augment.normalize(x, (0.5,), STD), "mean"),
 ])
