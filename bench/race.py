@@ -33,10 +33,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     run = Path(args.out) / "run"
     method, *flags = args.command
-    if run.exists():
-        parser.error(f"--out {args.out}: holds a race already")
     if not (ROOT / method).is_file():
         parser.error(f"{method}: no such program; one of simsiam.py, moco.py, simclr.py, rotnet.py")
+    if run.exists():
+        parser.error(f"--out {args.out}: holds a race already")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     print(f"python {method} {' '.join(flags)}\ntorch {torch.__version__}, {machine}")
     began = time.perf_counter()
