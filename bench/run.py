@@ -131,7 +131,9 @@ class Report:
     @staticmethod
     def figure(times, work, unit):
         taken = statistics.median(times)
-        return f"{1000 * taken:,.1f} ms" if unit == "ms" else f"{work / taken:,.0f}{unit}"
+        if unit == "ms":
+            return f"{1000 * taken:,.{0 if taken >= 0.1 else 1}f} ms"
+        return f"{work / taken:,.0f}{unit}"
 
 
 # ------------------------------------------------------------------------------------------------
