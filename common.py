@@ -461,7 +461,7 @@ def training_parser(doc, recipes, without=()):
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
         const=NEWEST)
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
-    add("--knn-every", "epochs between kNN evaluations, 0: never; each costs about a tenth to a fifth of an epoch",
+    add("--knn-every", "epochs between kNN evaluations, 0: never; each costs a tenth of an epoch or more",
         type=whole(low=0))
     add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
     add("--knn-t", "temperature of their votes", type=real(low=0.02), default=0.1)

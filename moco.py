@@ -164,11 +164,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if len(x) < self.splits:
             raise ValueError(f"{len(x)} images cannot be split into {self.splits} BatchNorm groups")
         # Every group moves its own copy of the running statistics; what is kept is the mean of the copies.
-        means = self.running_mean.repeat(self.splits, 1)           # (splits, C)
-        variances = self.running_var.repeat(self.splits, 1)
+        means, variances = (s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var))  # (splits, C)
+        sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]  # tensor_split: slow gradients
         groups = [
             F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
-            for group, mean, variance in zip(x.tensor_split(self.splits), means, variances, strict=True)
+            for group, mean, variance in zip(x.split(sizes), means, variances, strict=True)
         ]
         self.running_mean.copy_(means.mean(dim=0))
         self.running_var.copy_(variances.mean(dim=0))
