@@ -9,7 +9,6 @@ and compilation count, but without the evaluations, which are no part of trainin
 two reaches the target. The table stays in OUT/race.json. Exit code 1 if the target is never reached.
 """
 
-import argparse
 import json
 import platform
 import signal
@@ -26,8 +25,8 @@ import common  # noqa: E402
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=float, default=90.0, help="percent kNN")
+    parser = common.Parser(description=__doc__)
+    parser.add_argument("--target", type=common.number(float, above=0, high=100), default=90.0, help="percent kNN")
     parser.add_argument("--out", required=True, help="folder of the race; the run is OUT/run")
     parser.add_argument("command", nargs="+", help="METHOD.py and its flags, after --")
     args = parser.parse_args(argv)

@@ -404,18 +404,27 @@ SECTIONS = {"views": measure_views, "packing": measure_packing, "losses": measur
             "optimizer": measure_optimizers, "training": measure_training}
 
 
+def json_file(text):
+    """An argparse type: a file to write, checked before minutes of work."""
+    folder = Path(text).absolute().parent
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} must be a file in a folder that can be written to")
+    return text
+
+
+@common.command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--quick", action="store_true", help="3 turns instead of 11")
-    parser.add_argument("--device", default="auto", help="of all but views and packing (default: auto)")
-    parser.add_argument("--size", type=int, default=32, help="of training: pixels a side (default: 32)")
-    parser.add_argument("--batch", type=int, default=64, help="of training: images a step (default: 64)")
-    parser.add_argument("--width", type=int, default=16, help="of training: of the network (default: 16)")
-    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of training (default: cifar)")
-    parser.add_argument("--steps", type=int, default=20, help="of training: a turn (default: 20)")
+    parser.add_argument("--device", default="auto", help="of all but views and packing")
+    parser.add_argument("--size", type=common.number(int, low=8), default=32, help="of training: pixels a side")
+    parser.add_argument("--batch", type=common.number(int, low=8), default=64, help="of training: images a step")
+    parser.add_argument("--width", type=common.number(int, low=1), default=16, help="of training: of the network")
+    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of training")
+    parser.add_argument("--steps", type=common.number(int, low=1), default=20, help="of training: a turn")
     parser.add_argument("--compile", action="store_true", help="of training: with torch.compile, its time left out")
-    parser.add_argument("--json", metavar="FILE", help="also write the seconds of every turn here")
+    parser.add_argument("--json", metavar="FILE", type=json_file, help="also write the seconds of every turn here")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
     rounds = 3 if args.quick else 11
