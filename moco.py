@@ -222,10 +222,10 @@ class MoCo(nn.Module):
             # A group's statistics leave a trace in each of its rows. Were q and k of an image in groups of
             # the same images, that trace would give the key away. So the keys are dealt anew.    [S3.3]
             if order is not None:  # over all processes: gather, permute, take this one's share
-                x_k = distributed.mine(distributed.gather(x_k)[order.to(x_k.device, non_blocking=True)])
+                x_k = distributed.mine(distributed.gather(x_k)[augment.send(order, x_k.device)])
             k = F.normalize(self.key_encoder(x_k).float(), dim=1)                     # (N, C)
             if order is not None:  # back to x_q's order
-                k = distributed.mine(distributed.gather(k)[order.argsort().to(k.device, non_blocking=True)])
+                k = distributed.mine(distributed.gather(k)[augment.send(order.argsort(), k.device)])
         return q, k
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The steady loop: no step waits for the device, and no epoch leaves memory behind."""
 
+import contextlib
 import gc
 import importlib
 
@@ -46,13 +47,12 @@ class EndOfEpoch(Exception):
 
 def train_on_nothing(tmp_path, monkeypatch, method, *flags):
     """Five steps on the device "meta", the last four of them watched."""
-    watch, autocast = NoWaiting(), torch.autocast
+    watch, autocast = contextlib.ExitStack(), torch.autocast
 
     def after_step(run, step, lr, loss):
         if step == 1:  # the first step may make what later ones keep
-            watch.__enter__()
+            watch.enter_context(NoWaiting())
         if step == 5:
-            watch.__exit__(None, None, None)
             raise EndOfEpoch
 
     monkeypatch.setattr(common.Run, "after_step", after_step)
@@ -61,7 +61,7 @@ def train_on_nothing(tmp_path, monkeypatch, method, *flags):
     sgd = torch.optim.SGD  # "meta" has no fused kernels
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused, **rest: sgd(*args, **rest))
     monkeypatch.setitem(data.TOY_COUNT, "train", 80)
-    with pytest.raises(EndOfEpoch):
+    with pytest.raises(EndOfEpoch), watch:  # whatever is raised, the watch ends
         importlib.import_module(method).main(
             ["--device", "meta", "--width", "8", "--batch-size", "16", "--knn-every", "0", "--quiet",
              "--cache", str(tmp_path), "--out", str(tmp_path / "run"), *flags])
@@ -88,6 +88,27 @@ def test_a_step_that_waits_is_found(tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(common.AverageMeter, "update", wrong)
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         train_on_nothing(tmp_path, monkeypatch, "simclr")
+
+
+def test_an_epochs_rate_counts_steps_that_are_done(tmp_path, monkeypatch):
+    """On a GPU losses are looked at now and then, but always before the clock of an epoch is read."""
+    start, check, events = common.Run.start, common.Run._check, []
+
+    def start_as_on_a_gpu(run, *args, **kwargs):
+        step = start(run, *args, **kwargs)
+        run.watches = False
+        return step
+
+    monkeypatch.setattr(common.Run, "start", start_as_on_a_gpu)
+    monkeypatch.setattr(common.Run, "_check", lambda run: (events.append("waits"), check(run)))
+    monkeypatch.setattr(common.Progress, "update", lambda line, done, **figures: events.append(done))
+    for split in data.TOY_COUNT:
+        monkeypatch.setitem(data.TOY_COUNT, split, 40)
+    importlib.import_module("simclr").main(
+        ["--width", "4", "--batch-size", "20", "--max-steps", "3", "--epochs", "2", "--device", "cpu", "--quiet",
+         "--knn-every", "0", "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
+    for step in (2, 3):  # the end of the first epoch, and of the run
+        assert events[events.index(step) - 1] == "waits"
 
 
 @pytest.mark.parametrize("method", ["simsiam", "moco", "simclr", "rotnet"])
