@@ -3,11 +3,12 @@
     python knn.py --checkpoint runs/simsiam-toy-.../last.pt --neighbours grid.png
 
 How good are features without labels? Keep the network fixed, let the k training images nearest to a
-validation image vote on its class, and count how often they are right. No training, no knobs to tune.
+validation image vote on its class, and count how often they are right. Nothing is trained, little to tune.
 
-Source      Wu et al. 2018, arXiv 1805.01978, section 3.4: k 200, cosine similarity s, votes exp(s / 0.1).
-Features    the backbone's pooled output in eval mode (never the projector, unless --projector asks for it),
-            of one plain central crop an image; bank = labelled training images.
+Source      Wu et al. 2018, arXiv 1805.01978, Section 3.4: k 200, cosine similarity s, votes exp(s / 0.07), on their
+            128-d output. The temperature 0.1 is that of MoCo's CIFAR notebook (again on the 128-d output).
+Features    the backbone's pooled output in eval mode (never the projector, unless --projector asks for it), of
+            the centre crop of each image; bank = labelled training images.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def knn_predict(queries, bank, bank_labels, num_classes, k=200, temperature=0.1)
     k            clamped to M with a warning.
     returns      (Q, num_classes) float, not normalised; argmax is the predicted class.
     raises       ValueError for a label outside the classes (an unlabelled -1 cannot vote).
-    Source       Wu et al. 2018, section 3.4.
+    Source       Wu et al. 2018, Section 3.4 (there temperature 0.07).
     """
     if len(bank) == 0 or int(bank_labels.min()) < 0 or int(bank_labels.max()) >= num_classes:
         raise ValueError(f"bank labels must lie in 0..{num_classes - 1} and there must be some")

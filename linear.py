@@ -5,8 +5,8 @@
     python linear.py --checkpoint RUN --finetune --label-fraction 0.1
     python linear.py --checkpoint RUN --from-scratch --label-fraction 0.1
 
-Ways        --cached        a linear layer on features of plain views,
-                            computed once: seconds
+Ways        --cached        a linear layer on features of evaluation
+                            views, computed once: seconds
             --probe         a linear layer on the frozen network, which sees
                             random crops
             --finetune      everything trains, from the run's weights
@@ -18,36 +18,41 @@ Sources     MoCo     1911.05722, section 4.1      SimCLR  2002.05709, B.5, B.6
 Protocols   of       optimiser, lr, weight decay        epochs         batch
             MoCo     SGD 30, 0                          100, / 10 at    256
                                                         60 and 80
-            SimSiam  LARS 0.1 x bs/256, 0               90, cosine     4096
+            SimSiam  LARS 0.1 x bs/256 (code; the       90, cosine     4096
+                     paper says 0.02), 0
             SimCLR   SGD + Nesterov 0.1 x bs/256, 0     90 (CIFAR 100, 4096
                                                         bs 512), cosine
-            RotNet   SGD + Nesterov 0.1, 5e-4           / 5 at 20, 40,  128
-                                                        45
+            RotNet   SGD + Nesterov 0.01, 5e-4, on      35, / 5 at      192
+                     max-pooled AlexNet maps            5, 15, 25
             here     SGD 0.1 x bs/256, 0                100, cosine     256
-            All freeze the backbone, in eval mode. MoCo's own setting is
-            --probe --raw-features --lr 30 --schedule steps; SimSiam's
-            --probe --raw-features --optimizer lars --lr 0.1 --epochs 90
-            --batch-size 4096
+            All freeze the backbone, in eval mode. RotNet's figures for
+            CIFAR-10 are no linear probe: three layers with BatchNorm, on
+            unpooled maps of block 2 (SGD 0.1, 5e-4, batch 128, / 5 at
+            20, 40 and 45 of 100 epochs).
+            MoCo's own setting is --probe --raw-features --lr 30 --schedule
+            steps; that of SimSiam's code --probe --raw-features
+            --optimizer lars --lr 0.1 --epochs 90 --batch-size 4096
 Views       --crop: photos "resized", a random part of at least 0.08 of the
             area, as MoCo, SimSiam and SimCLR; toy and cifar "pad", shifts by
             up to 4 px, as RotNet on CIFAR; both with flips. Accuracies are
-            those of plain views, as in knn.py.
-Departures  1. Features are first brought to mean 0 and deviation 1, over the
-               training images. Methods differ widely in the scale of their
-               features, hence papers in their rates, from 0.1 to 30; now one
-               rate serves all. It is a fixed affine map, folded into the
-               weights: what is saved is a plain linear layer on plain
-               features. --raw-features leaves it out.
+            those of evaluation views (the centre crop), as in knn.py.
+Departures  1. Features are first brought to mean 0 and unit standard deviation
+               over the training images. Methods differ widely in the scale of
+               their features, hence papers in their rates, from 0.01 to 30;
+               now one rate serves all. It is a fixed affine map, folded into
+               the weights: what is saved is a linear layer on the features as
+               they are. --raw-features leaves it out.
             2. The epoch is chosen by validation images (a tenth of the
-               training images where the data has none). On CIFAR, papers
-               train on all images and score the test split after the last
-               epoch: --no-validation --test.
+               training images where the data has none). To train on all images
+               and score the test split after the last epoch, as is usual on
+               CIFAR: --no-validation --test.
             3. With --label-fraction an epoch keeps its number of steps: the
-               images that are left pass several times, as in RotNet's code.
-               So the baseline is not cut short where labels are few.
+               images that are left are repeated, as in RotNet's code. So the
+               baseline is not cut short where labels are few.
             4. --finetune and --from-scratch share one recipe, the usual
                supervised one: 0.2 x bs/256, batch 128, weight decay 5e-4, a
-               warm-up. SimCLR fine-tunes at 0.05: short runs got less far.
+               warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): short runs
+               got less far.
             5. `toy` takes fewer epochs: see the table below.
 Health      The loss starts near log(classes). A train_top1 near 100 with a
             much lower top1: too few labels for so many features; --probe and
