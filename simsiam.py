@@ -40,7 +40,7 @@ Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0
             `std` is the standard deviation of z/|z| times sqrt(d): 1 for healthy outputs, 0 once all images
             give the same z. Ablations on `toy`, --epochs 3 --amp off (and 6), kNN untrained 27.9 %:
                                  loss             std            kNN
-            (none)               -0.57            0.97           47.6 % (78.1 %)
+            (none)               -0.57 (-0.82)    0.97 (0.99)    47.6 % (82.5 %)
             --no-stop-gradient   -0.91 (-0.89)    0.41 (0.45)    30.9 % (32.5 %)
             --no-predictor       -0.97 (-1.00)    0.80 (0.80)    51.3 % (54.2 %)
             The paper sees loss -1, std 0 and chance. The toy runs collapse as far as z's BatchNorm allows, which
