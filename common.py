@@ -553,6 +553,16 @@ def fill_recipe(args, recipe, source):
                          f"number, {world}: take {args.batch_size // world * world or world}")
 
 
+def changed_images(saved, source, splits):
+    """In words, which splits have not the images any more that they had in the run whose flags are `saved`; or ""."""
+    words = []
+    for split in splits:
+        before, now = (contents.get(split, [0]) for contents in (saved.get("contents", {}), source.contents))
+        if "contents" in saved and before != now:
+            words.append(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now")
+    return ", ".join(words)
+
+
 def holdout(args):
     """The part of the training images held out where a source has no validation split."""
     return 0.0 if args.knn_split == "test" else 0.1
@@ -636,6 +646,11 @@ class Run:
 
     def __init__(self, method, args, source, checkpoint=None, score="knn", title="kNN", best="best.pt", name=None):
         self.method, self.args, self.checkpoint = method, args, checkpoint
+        changed = checkpoint and changed_images(checkpoint["args"], source, ("train", args.knn_split))
+        if changed:
+            raise UsageError(f"--resume {args.resume}: the images are not those of the run any more ({changed}); bring "
+                             "them back, or start a new run on those that are there now")
+        args.contents = source.contents
         self.score, self.title, self.best_file = score, title, best
         self.unnamed = args.out is None
         if self.unnamed:
@@ -689,6 +704,10 @@ class Run:
         self.epochs = math.ceil(total_steps / epoch_steps)
         self.before, self.first, self.signal = 0.0, None, None
         step = restore(self.checkpoint, model, optimizer, scaler) if self.checkpoint else 0
+        if step and step // epoch_steps != self.checkpoint["epoch"]:  # pictures that could not be read before, say
+            raise UsageError(f"--resume {self.folder}: an epoch has {epoch_steps:,} steps now, so step {step:,} is not "
+                             f"in epoch {self.checkpoint['epoch'] + 1:,} any more: the images changed; bring back "
+                             "those of the run, or start a new one")
         self.every_minutes = float(args.save_every[:-3]) if isinstance(args.save_every, str) else None
         self.began = self.saved = self.checked = time.perf_counter()
         self.writer, self.meters, self.unchecked, self.watches = None, {}, [], device.type == "cpu"
@@ -702,7 +721,7 @@ class Run:
             self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
         plumbing = {"data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
-                    "views_png", "device", "amp", "compile", "save_every", "skip_unreadable", "knn_every"}
+                    "views_png", "device", "amp", "compile", "save_every", "skip_unreadable", "knn_every", "contents"}
         recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                            if name not in plumbing and value not in (None, "val") and value is not False)
         precision = str(device) if args.amp == "auto" else f"{device}, {args.amp}"

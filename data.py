@@ -35,8 +35,10 @@ import stat
 import textwrap
 import threading
 import time
+import unicodedata
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -46,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import NAMED_DATA, Progress, UsageError, printable, write_atomically
+from common import NAMED_DATA, Progress, UsageError, changed_images, printable, write_atomically
 from toy import TOY_CLASSES, TOY_COUNT, TOY_VERSION, draw_toy
 
 try:
@@ -68,9 +70,22 @@ STATISTICS = {  # per-channel mean and std of the training pixels
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
-          "test": ("test", "testing", "evaluation")}
-LABELED, UNLABELED = ("labeled", "labelled"), ("unlabeled", "unlabelled")
+TRAIN, LABELED, UNLABELED = "train(ing)?", "(?<!un)labell?ed", "unl(ab(ell?ed)?)?"
+SPLITS = {  # what the names of their folders say; see split_groups
+    "train": rf"{TRAIN}([\W_]*{LABELED})?|{LABELED}([\W_]*{TRAIN})?",
+    "val": "val(id(ation)?)?",
+    "test": "test(ing)?|evaluation",
+}
+PARTS = SPLITS | {"unlabeled": rf"({TRAIN})?[\W_]*{UNLABELED}[\W_]*({TRAIN})?"}
+WORD = rf"(?<![^\W\d_])({'|'.join(SPLITS.values())})(?![^\W\d_])"  # not as in oval
+FILLER = re.compile(r"[\W\d_]|(data)?set|data|images?|imgs?|pictures?|photos?|split")  # what says nothing beside them
+PASSED_OVER = re.compile(r"\.|[@#$](eadir|recycle|recently|snapshot|tmp)|"  # names of systems and tools
+                         r"(__macosx|__pycache__|node_modules|lost\+found|system volume information)$", re.IGNORECASE)
+TOOLS = [{"pyvenv.cfg"}, {"images.bin", "meta.pt"},  # what lies in folders of tools, packed images and runs
+         *({"args.json", name} for name in ("metrics.jsonl", "log.txt", "last.pt"))]
+MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(hei|hev|mif|msf|avi|crx)|....JXL ",
+                   re.DOTALL)
+RAW = re.compile(r"\.(hei[cf]|avif|jxl|dng|nef|cr[23]|arw|orf|rw2|raf)")  # what Pillow does not read
 SHAPES = ("understood are train/, val/, test/ folders of class folders, class folders without a split, "
           "loose images, food-11, and a folder that holds cifar-10-batches-py or cifar-100-python")
 
@@ -84,6 +99,8 @@ class Items:
     load: Callable | None = None      # size -> (labels, names, iterator over (n, 3, s, s) uint8), or None
     tag: str = ""                     # whatever else the pixels depend on
     counts: tuple = (0, 0)            # labelled, unlabelled
+    names: list = field(default_factory=list)  # of the files, below the folder of the source
+    wrong: str = ""                   # why this split must not be used
 
 
 @dataclass
@@ -97,6 +114,7 @@ class Source:
     std: tuple
     splits: dict                      # "train", "val", "test" -> Items or None
     description: list = field(default_factory=list)  # lines to print
+    contents: dict = field(default_factory=dict)     # split -> [number of images, digest of their names and labels]
 
 
 @dataclass
@@ -134,13 +152,13 @@ class Dataset:
 # ------------------------------------------------------------------------------------------------
 
 
-def open_source(data, root=None, download=False, holdout=0.1, seed=0):
+def open_source(data, root=None, download=False, holdout=0.1):
     """Recognises `data`: a name of NAMED_DATA, or a folder. Reads no picture.
 
     root      where the named sets lie or are downloaded to, default "./data".
     download  fetch a named set that is not there.
     holdout   fraction of the labelled training images that becomes the validation split when the source
-              has none: drawn per class from `seed`, at least one of every class that has two. 0: none.
+              has none: of each class the first by a hash of their names, at least one if it has two. 0: none.
     returns   Source.
     raises    UsageError, one line, for anything that cannot be understood.
     """
@@ -150,7 +168,7 @@ def open_source(data, root=None, download=False, holdout=0.1, seed=0):
     if data == "toy":
         return open_toy()
     if data in NAMED_DATA:
-        return open_named(data, root, download, holdout, seed)
+        return open_named(data, root, download, holdout)
     if not os.path.isdir(data):
         if os.path.exists(data):
             raise UsageError(f"--data {data}: is a file; give the folder that holds the images")
@@ -166,8 +184,8 @@ def open_source(data, root=None, download=False, holdout=0.1, seed=0):
                          f"--data {found[0]} --data-root {data}")
     if found:
         inside = os.path.basename(here) in MARKER[found[0]]
-        return open_named(found[0], os.path.dirname(here) if inside else here, False, holdout, seed)
-    return open_folder(here, holdout, seed)
+        return open_named(found[0], os.path.dirname(here) if inside else here, False, holdout)
+    return open_folder(here, holdout)
 
 
 def open_toy():
@@ -183,7 +201,7 @@ def open_toy():
     return described(source, "toy: glyphs drawn by this program, grey, no download")
 
 
-def open_named(name, root, download, holdout, seed):
+def open_named(name, root, download, holdout):
     """The sets that torchvision knows. See `open_source`."""
     base = next((b for b in (os.path.join(root, m) for m in MARKER[name]) if os.path.isdir(b)), None)
     if base is None and download:
@@ -194,8 +212,8 @@ def open_named(name, root, download, holdout, seed):
                          "fetch it with --download, or say where it is with --data-root")
     try:
         if name == "imagenette":
-            return open_folder(base, holdout, seed, name=name, rename=IMAGENETTE)
-        return {"food101": open_food101, "stl10": open_stl10}.get(name, open_cifar)(name, base, holdout, seed)
+            return open_folder(base, holdout, name=name, rename=IMAGENETTE)
+        return {"food101": open_food101, "stl10": open_stl10}.get(name, open_cifar)(name, base, holdout)
     except (OSError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise damaged(name, base, error) from error
 
@@ -225,7 +243,7 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
 
 
-def open_cifar(name, base, holdout, seed):
+def open_cifar(name, base, holdout):
     """CIFAR-10 and -100 have no validation split: it comes from train, the test split stays whole."""
     with open(os.path.join(base, "batches.meta" if name == "cifar10" else "meta"), "rb") as file:
         classes = PlainUnpickler(file, encoding="latin1").load()[
@@ -243,35 +261,35 @@ def open_cifar(name, base, holdout, seed):
         except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise damaged(name, base, error) from error
         labels, rows = torch.tensor(cifar.targets), torch.arange(len(cifar.targets))
-        if part == "train":
-            rows = rows[hold_out(labels, holdout, seed) == (split == "val")]
-        images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)                   # (N, 3, 32, 32)
         names = [f"{name}/{part}/{i}" for i in rows.tolist()]
-        return labels[rows].tolist(), names, (images[chunk] for chunk in rows.split(1000))
+        if part == "train":
+            rows = rows[hold_out(cifar.targets, names, holdout) == (split == "val")]
+        images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)                   # (N, 3, 32, 32)
+        return labels[rows].tolist(), [names[i] for i in rows], (images[chunk] for chunk in rows.split(1000))
 
     splits = {}
     for split in SPLITS:
-        tag = json.dumps([name, split, holdout, seed] if split != "test" else [name, split])
+        tag = json.dumps([name, split, holdout] if split != "test" else [name, split])
         splits[split] = Items([], files, lambda size, split=split: load(split), tag, counts[split])
     splits["val"] = splits["val"] if held else None
     source = Source(name, "cifar", list(classes), *STATISTICS[name], splits)
     return described(source, f"{name} in {base}", held_note(splits["val"], holdout))
 
 
-def open_stl10(name, base, holdout, seed):
+def open_stl10(name, base, holdout):
     """STL-10: 5,000 labelled and 100,000 unlabelled training images of 96 px, 8,000 test images."""
     with open(os.path.join(base, "class_names.txt")) as file:
         classes = file.read().split()
     labels = {part: stl10_labels(base, part, len(classes)) for part in ("train", "unlabeled", "test")}
     rows = {part: torch.arange(len(labels[part])) for part in labels}
-    held = hold_out(labels["train"], holdout, seed)
+    held = hold_out(labels["train"].tolist(), [f"stl10/train/{i}" for i in rows["train"].tolist()], holdout)
     splits = {
         "train": {"train": rows["train"][~held], "unlabeled": rows["unlabeled"]},
         "val": {"train": rows["train"][held]},
         "test": {"test": rows["test"]},
     }
     for split, chosen in splits.items():
-        tag = json.dumps([split, holdout, seed] if split != "test" else [split])
+        tag = json.dumps([split, holdout] if split != "test" else [split])
         splits[split] = stl10_items(base, chosen, labels, tag)
     source = Source(name, "stl10", classes, *STATISTICS["imagenet"], splits)
     return described(source, f"stl10 in {base}", held_note(splits["val"], holdout))
@@ -307,13 +325,13 @@ def stl10_items(base, chosen, labels, tag):
     return Items([], files, load, tag, (labelled, len(here) - labelled)) if len(here) else None
 
 
-def open_food101(name, base, holdout, seed):
+def open_food101(name, base, holdout):
     found = {}
     for split in ("train", "test"):
         with open(os.path.join(base, "meta", split + ".json")) as file:
             found[split] = [(os.path.join(base, "images", *image.split("/")) + ".jpg", label)
                             for label, images in json.load(file).items() for image in images]
-    return from_files(name, found, f"food101 in {base}", holdout, seed)
+    return from_files(name, base, found, f"food101 in {base}", holdout)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -321,107 +339,170 @@ def open_food101(name, base, holdout, seed):
 # ------------------------------------------------------------------------------------------------
 
 
-def open_folder(folder, holdout, seed, name=None, rename=None):
-    """Recognises the shape of `folder`. See `open_source`; rename: folder name -> class name."""
-    ignored, notes = [], []
-    found, shape = read_folder(folder, ignored, notes)
-    if not any(found.values()):
-        what = f"no images among {len(ignored):,} files" if ignored else "empty, no images found"
-        raise UsageError(f"--data {folder}: {what}; {SHAPES}")
-    if rename:
-        found = {s: [(path, rename.get(c, c)) for path, c in items] for s, items in found.items()}
-    if ignored:
-        plural = "file that is no image" if len(ignored) == 1 else "files that are no images"
-        notes.append(("ignored", f"{len(ignored):,} {plural}, such as {os.path.basename(ignored[0])}"))
-    name = name or re.sub(r"[^\w.-]+", "-", os.path.basename(folder)).strip("-.") or "images"
-    return from_files(name[:40], found, f"{folder}: {shape}", holdout, seed, notes)
+def open_folder(path, holdout, name=None, rename=None):
+    """Recognises the shape of a folder. See `open_source`; rename: folder name -> class name."""
+    top, notes = Folder(path), []
+    others = [file for folder in top.walk() for file in folder.others]
+    foreign = foreign_pictures(others)
+    if not top.pictures:
+        what = (endings(foreign) if foreign else f"no images among {len(others):,} files" if others else
+                "empty, no images found")
+        raise UsageError(f"--data {path}: {what}; {SHAPES}")
+    folder, found, shape = read_folder(top, notes)
+    rename = {c: (rename or {}).get(c, c) for items in found.values() for _, c in items}
+    found = {s: [(file, rename[c]) for file, c in items] for s, items in found.items()}
+    left_out(top, [file for items in found.values() for file, _ in items], foreign, notes)
+    useless = [file for file in others if file not in {*foreign, os.path.join(folder.path, "classes.txt")}]
+    if useless:
+        plural = "file that is no image" if len(useless) == 1 else "files that are no images"
+        notes.append(("ignored", f"{len(useless):,} {plural}, such as {os.path.basename(useless[0])}"))
+    name = name or re.sub(r"[^\w.-]+", "-", os.path.basename(path)).strip("-.") or "images"
+    return from_files(name[:40], folder.path, found, f"{path}: {shape}", holdout, notes, "food-11" in shape)
 
 
-def read_folder(folder, ignored, notes):
-    """-> ({"train", "val", "test": list of (path, class name or None)}, the shape in words)."""
-    subfolders, split_folders = visible_folders(folder), {}
-    for split, names in SPLITS.items():
-        matching = [s for s in subfolders if os.path.basename(s).lower() in names]
-        if len(matching) > 1:
-            names = " and ".join(map(os.path.basename, matching))
-            raise UsageError(f"--data {folder}: {names} both look like the {split} split; rename one")
-        if matching:
-            split_folders[split] = matching[0]
-    loose = images_below(folder, ignored, deep=False)
-    if "train" in split_folders:
-        unlabeled = [s for s in subfolders if os.path.basename(s).lower() in UNLABELED]
-        used = {*split_folders.values(), *unlabeled}
-        note_unused(folder, loose, [s for s in subfolders if s not in used], notes)
-        return read_splits(split_folders, unlabeled, ignored, notes)
-    if split_folders and len(split_folders) == len(subfolders):
-        raise UsageError(f"--data {folder}: has no train folder beside "
-                         f"{' and '.join(map(os.path.basename, subfolders))}")
-
-    if len(subfolders) == 1 and not loose:  # an archive that unpacked into one more folder
-        return read_folder(subfolders[0], ignored, notes)
-    classes = read_classes(subfolders, ignored)
-    if classes:
-        note_unused(folder, loose, [], notes)
-        return {"train": classes}, "class folders without a split"
-    if loose:
-        notes.append(("", "no labels: nothing to measure kNN accuracy with"))
-    return {"train": [(path, None) for path in loose]}, "loose images"
+def left_out(top, used, foreign, notes):
+    """Says which pictures have no place in the shape that was recognised. raises: UsageError where most have none."""
+    reasons = [endings(foreign)] if foreign else []
+    real = functools.cache(os.path.realpath)  # links may lead to a folder in two ways
+    there = {(real(os.path.dirname(file)), os.path.basename(file)) for file in used}
+    unplaced = [os.path.dirname(file) for file in top.pictures
+                if (real(os.path.dirname(file)), os.path.basename(file)) not in there]
+    if unplaced:
+        where = Counter(os.path.relpath(folder, os.path.dirname(top.path)) for folder in unplaced)
+        reasons.append(f"{len(unplaced):,} picture{'s' * (len(unplaced) > 1)} beside what was recognised: "
+                       f"{some(f'{n:,} in {folder}' for folder, n in where.items())}")
+    if len(unplaced) + len(foreign) > len(used):
+        raise UsageError(f"--data {top.path}: most pictures would be left out, {'; '.join(reasons)}; {SHAPES}")
+    notes += [("left out", reason) for reason in reasons]
 
 
-def read_splits(split_folders, unlabeled, ignored, notes):
-    """Split folders; `unlabeled`: more folders of training images, beside the splits. See `read_folder`."""
-    found, shape = {"train": read_split(split_folders["train"], True, ignored, notes)}, "split folders"
-    numbered = any(os.path.dirname(path) == split_folders["train"] for path, _ in found["train"])
-    if numbered:
+def some(words):
+    """The first three of several words, in a line."""
+    words = list(words)
+    return ", ".join(words[:3] + ["..."] * (len(words) > 3))
+
+
+def endings(foreign):
+    """What is said of pictures that are not read for their kind or name."""
+    count = Counter(os.path.splitext(file)[1] or "without an ending" for file in foreign)
+    return (f"{len(foreign):,} picture{'s' * (len(foreign) > 1)} of a kind or name that is not read, "
+            f"{some(f'{n:,} {ending}' for ending, n in count.items())}: convert or rename them")
+
+
+def read_folder(folder, notes):
+    """-> the folder without wrappers, {"train", "val", "test": list of (path, class name or None)}, shape in words."""
+    splits = find_splits(folder)
+    if splits:
+        return folder, *read_splits(splits, notes)
+    filled = folder.filled
+    if len(filled) == 1 and (filled[0].filled or not folder.images):  # an archive that unpacked into one more folder
+        return read_folder(filled[0], notes)
+    sets = [f.name for f in filled if whole_groups(f)]
+    if sets:
+        raise refused(folder, f"{some(sets)} has splits of its own; give the folder of one data set")
+    found = read_split(folder)
+    if any(c for _, c in found):
+        return folder, {"train": found}, "class folders without a split"
+    notes.append(("", "no labels: nothing to measure kNN accuracy with"))
+    return folder, {"train": found}, "loose images"
+
+
+def refused(folder, why):
+    return UsageError(f"--data {folder.path}: {why}; {SHAPES}")
+
+
+def split_groups(folder):
+    """{what the names of subfolders say beside the split: {split, or "unlabeled": folders}}, for all words in them.
+
+    train_set and test-2017 stand in one group, train_station and test_tube each in its own.
+    """
+    groups = {}
+    for sub in folder.folders:
+        name = sub.name.casefold()
+        for part, word in PARTS.items():
+            for match in itertools.islice(re.finditer(word, name), 1):
+                rest = tuple(FILLER.sub("", side) for side in (name[: match.start()], name[match.end() :]))
+                groups.setdefault(rest, {}).setdefault(part, []).append(sub)
+    return groups
+
+
+def whole_groups(folder):
+    return [group for group in split_groups(folder).values() if "train" in group and len(group) > 1]
+
+
+def find_splits(folder):
+    """{"train", "val", "test", "unlabeled": folders}, {} if there are no splits; UsageError where that is unclear."""
+    groups, whole = split_groups(folder), whole_groups(folder)
+    for part in SPLITS:
+        twice = [sub.name for group in whole for sub in group.get(part, ())]
+        if len(twice) > 1:
+            raise refused(folder, f"{' and '.join(twice)} both look like the {part} split; rename one")
+    if whole:
+        beside = [f.name for f in folder.filled if not any(f in subs for subs in whole[0].values())]
+        if beside and not whole[0]["train"][0].filled:
+            raise refused(folder, f"{whole[0]['train'][0].name} has no class folders, and beside it is {some(beside)}: "
+                                  "are these splits or classes?")
+        return whole[0]
+    # A word alone tells little: test_tube is a class. But val is none, nor what holds the classes of its siblings.
+    for rest, group in groups.items():
+        lone = [sub for part in SPLITS for sub in group.get(part, ())]
+        for sub in lone:
+            inside, beside = {f.name for f in sub.filled}, [f for f in folder.filled if f is not sub]
+            alike = inside & {f.name for other in beside for f in (other, *other.filled)}
+            plain = rest == ("", "") and ("train" not in group or (inside and beside))
+            if plain or (len(alike) > 1 and re.search(WORD, sub.name.casefold())) or len(group) > 1:
+                raise refused(folder, f"has no {'val' if 'train' in group else 'train'} folder beside "
+                                      f"{' and '.join(s.name for s in lone)}: are these splits or classes?")
+    return {}
+
+
+def read_splits(splits, notes):
+    """Of split folders -> found, shape. See `read_folder`."""
+    found, shape = {s: read_split(splits[s][0]) for s in SPLITS if s in splits}, "split folders"
+    if number_classes(found):
         shape += " of <class>_<n> files, like food-11 of 2022"
-    for split in [s for s in split_folders if s != "train"]:
-        found[split] = read_split(split_folders[split], numbered, ignored, notes)
-    inside = {os.path.basename(s).lower() for s in visible_folders(split_folders["train"])}
-    if inside & {*LABELED, *UNLABELED}:
+    elif any(re.fullmatch(f"{LABELED}|{PARTS['unlabeled']}", f.name.lower()) for f in splits["train"][0].filled):
         shape += " with labelled and unlabelled images, like food-11 of 2021"
         # That set keeps all its test images in one folder "00", which is not their class.
         if len({c for _, c in found.get("test", ())}) == 1 < len({c for _, c in found["train"] if c}):
             found["test"] = [(path, None) for path, _ in found["test"]]
             notes.append(("", "the one folder of the test split is taken for no class"))
-    found["train"] += [(path, None) for more in unlabeled for path in images_below(more, ignored)]
+    elif is_food11({c for _, c in found["train"]}) and {splits[s][0].name for s in found} >= {"training", "validation"}:
+        shape += ", like food-11"
+    found["train"] += [(path, None) for more in splits.get("unlabeled", ()) for path in more.pictures]
     return found, shape
 
 
-def read_split(folder, numbered, ignored, notes):
+def number_classes(found):
+    """Gives loose images <class>_<n> their class, where all of train and val have few classes, the same, of several."""
+    if any(c for s in ("train", "val") for _, c in found.get(s, ())):
+        return False
+    numbers = {s: [re.match(r"([0-9]{1,2})_[0-9]+\.", os.path.basename(path)) for path, _ in items]
+               for s, items in found.items()}
+    classes = Counter(match and match[1] for match in numbers["train"])
+    if not classes or None in classes or len(numbers["train"]) < 2 * len(classes) or not {
+            match and match[1] for match in numbers.get("val", ())} <= classes.keys():
+        return False
+    for s, items in found.items():
+        found[s] = [(path, match[1] if match and match[1] in classes else c)
+                    for (path, c), match in zip(items, numbers[s], strict=True)]
+    return True
+
+
+def read_split(folder):
     """Images of one split as (path, class name or None).
 
-    From class folders, perhaps below `labeled`; those below `unlabeled` have none. Without such folders the
-    images lie loose, and if `numbered`, <class>_<n>.jpg tells the class.
+    From class folders, perhaps below `labeled`; those below `unlabeled` have none. Without such folders the images
+    lie loose.
     """
-    subfolders = visible_folders(folder)
-    labeled = [s for s in subfolders if os.path.basename(s).lower() in LABELED]
-    unlabeled = [s for s in subfolders if os.path.basename(s).lower() in UNLABELED]
-    classes = [c for s in labeled for c in visible_folders(s)]
-    classes = classes or [s for s in subfolders if s not in unlabeled]
-    found = read_classes(classes, ignored)
-    found += [(path, None) for s in unlabeled for path in images_below(s, ignored)]
-    loose = images_below(folder, ignored, deep=False)
-    if found:
-        note_unused(folder, loose, [s for s in subfolders if s not in {*labeled, *unlabeled, *classes}], notes)
-        for s in labeled:
-            note_unused(s, images_below(s, ignored, deep=False), [], notes)
-        return found
-    number = [re.match(r"([0-9]+)_", os.path.basename(path)) if numbered else None for path in loose]
-    return [(path, match and match[1]) for path, match in zip(loose, number, strict=True)]
-
-
-def read_classes(folders, ignored):
-    """Class folders -> (path, folder name). An empty one is no class."""
-    return [(path, os.path.basename(f)) for f in folders for path in images_below(f, ignored)]
-
-
-def note_unused(folder, loose, unused, notes):
-    """Says which images and folders in `folder` have no place in the shape that was recognised."""
-    name = os.path.basename(folder)
-    if loose:
-        notes.append(("ignored", f"{len(loose):,} loose images beside the folders in {name}"))
-    if unused:
-        notes.append(("ignored", f"the folders {', '.join(map(os.path.basename, unused))} in {name}"))
+    if [f.name for f in folder.filled] == [folder.name] and not folder.images:
+        return read_split(folder.filled[0])
+    unlabeled = [f for f in folder.filled if re.fullmatch(PARTS["unlabeled"], f.name.lower())]
+    labeled = [f for f in folder.filled if re.fullmatch(LABELED, f.name.lower())]
+    classes = [c for f in labeled for c in f.filled] or [f for f in folder.filled if f not in unlabeled]
+    found = [(path, unicodedata.normalize("NFC", c.name)) for c in classes for path in c.pictures]
+    found += [(path, None) for f in unlabeled for path in f.pictures]
+    return found or [(path, None) for path in folder.images]
 
 
 def natural(text):
@@ -429,47 +510,77 @@ def natural(text):
     return [int(t) if i % 2 else t.casefold() for i, t in enumerate(re.split(r"([0-9]+)", text))], text
 
 
-def hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
+class Folder:
+    """A folder of pictures; what lies in it is listed once, in natural order. A link counts as what it leads to.
 
-
-def listed(folder):
-    """Names of the subfolders and of the files, in natural order. A link counts as what it leads to."""
-    try:
-        entries = [(e.name, os.path.isdir(e) if e.is_symlink() else e.is_dir()) for e in os.scandir(folder)]
-    except OSError as error:
-        raise UsageError(f"{printable(folder)}: cannot be read ({error.strerror})") from error
-    entries.sort(key=lambda entry: natural(entry[0]))
-    return [name for name, is_folder in entries if is_folder], [name for name, is_folder in entries if not is_folder]
-
-
-def visible_folders(folder):
-    return [os.path.join(folder, name) for name in listed(folder)[0] if not hidden(name)]
-
-
-def images_below(folder, ignored, deep=True):
-    """Paths of the images in `folder` and its subfolders, in natural order; other files go to `ignored`.
-
-    Links are followed, but a folder that two of them lead to is read once, and one that we are inside of not at all.
-    A link that leads nowhere is an image (that cannot be read) if its name says so. Otherwise it may have been a
-    folder of them, which must not be missing unnoticed.
+    Passed over are hidden files and folders, those of systems and tools, runs of this program, and folders that we
+    are inside of. A link that leads nowhere is an image (that cannot be read) if its name says so. Otherwise it may
+    have been a folder of them, which must not be missing unnoticed.
     """
-    extensions, found, todo = image_extensions(), [], [str(folder)]
-    seen = set(map(str, Path(os.path.realpath(folder)).parents))
-    while todo:
-        here = todo.pop()
-        if os.path.realpath(here) in seen:
-            continue
-        seen.add(os.path.realpath(here))
-        folders, files = listed(here)
-        for name in files:
-            path = os.path.join(here, name)
-            is_image = os.path.splitext(name)[1].lower() in extensions and not hidden(name)
-            (found if is_image else ignored).append(path)
-            if not is_image and not hidden(name) and os.path.islink(path) and not os.path.exists(path):
-                raise UsageError(f"{printable(path)}: a link that leads nowhere; mend or remove it")
-        todo += [os.path.join(here, name) for name in reversed(folders) if deep and not hidden(name)]
+
+    def __init__(self, path, inside=()):
+        self.path, self.name, self.real = str(path), os.path.basename(path), os.path.realpath(path)
+        self.inside = {*(inside or map(str, Path(self.real).parents)), self.real}
+        self.below, self.images, self.others, extensions = [], [], [], image_extensions()
+        try:
+            entries = [(e.name, os.path.isdir(e) if e.is_symlink() else e.is_dir()) for e in os.scandir(path)]
+        except OSError as error:
+            raise UsageError(f"{printable(path)}: cannot be read ({error.strerror})") from error
+        for name, is_folder in sorted(entries, key=lambda entry: natural(entry[0])):
+            file = os.path.join(self.path, name)
+            if PASSED_OVER.match(name):
+                continue
+            is_image = os.path.splitext(name)[1].lower() in extensions
+            (self.below if is_folder else self.images if is_image else self.others).append(file)
+            if not is_folder and not is_image and os.path.islink(file) and not os.path.exists(file):
+                raise UsageError(f"{printable(file)}: a link that leads nowhere; mend or remove it")
+        self.of_tools = any(marks <= {name for name, _ in entries} for marks in TOOLS)
+
+    @functools.cached_property
+    def folders(self):
+        found = [Folder(path, self.inside) for path in self.below if os.path.realpath(path) not in self.inside]
+        return [folder for folder in found if not folder.of_tools]
+
+    def walk(self):
+        """This folder and all below it; one that two links lead to comes once."""
+        todo, seen = [self], set()
+        while todo:
+            here = todo.pop()
+            if here.real not in seen:
+                seen.add(here.real)
+                yield here
+                todo += reversed(here.folders)
+
+    @functools.cached_property
+    def pictures(self):
+        return [path for folder in self.walk() for path in folder.images]
+
+    @functools.cached_property
+    def filled(self):
+        """The folders in it that hold pictures."""
+        return [folder for folder in self.folders if folder.pictures]
+
+
+def foreign_pictures(files):
+    """Those that are pictures by their first bytes, or of a kind that Pillow does not read."""
+    found, missed = [], Counter()
+    for path in files:
+        ending = os.path.splitext(path)[1].lower()
+        if RAW.fullmatch(ending) or ((not ending or missed[ending] < 100) and starts_as_picture(path)):
+            found.append(path)
+        else:  # text files beside a million pictures are not all opened
+            missed[ending] += 1
     return found
+
+
+def starts_as_picture(path):
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return bool(MAGIC.match(file.read(16)))
+    except OSError:
+        return False
 
 
 @functools.cache
@@ -480,36 +591,67 @@ def image_formats():
     return [name for name in Image.ID if name not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}]
 
 
+@functools.cache
 def image_extensions():
     return {ending for ending, name in Image.registered_extensions().items() if name in image_formats()}
 
 
-def from_files(name, found, headline, holdout, seed, notes=()):
-    """Source of image files. found: {"train", "val", "test": list of (path, class name or None)}."""
+def from_files(name, root, found, headline, holdout, notes=(), food=False):
+    """Source of image files below `root`. found: {"train", "val", "test": list of (path, class name or None)}."""
     classes = sorted({c for _, c in found.get("train", ()) if c is not None}, key=natural)
-    number = {c: i for i, c in enumerate(classes)} | {None: -1}
+    number, notes, wrong = {c: i for i, c in enumerate(classes)} | {None: -1}, list(notes), {}
     for split in ("val", "test"):
-        for path, c in found.get(split, ()):
-            if c not in number:
-                raise UsageError(printable(f'{path}: class "{c}" of the {split} split has no training images; '
-                                           "add it to the training split or remove it"))
-    rows = {s: [(path, number[c]) for path, c in found.get(s, ())] for s in SPLITS}
+        path, c = next(((path, c) for path, c in found.get(split, ()) if c not in number), (None, None))
+        if c and not classes:
+            notes.append(("", f"the training images have no labels: those of the {split} images are not used"))
+        elif c:
+            like = [k for k in classes if k.casefold() == c.casefold()]
+            mend = f'"{like[0]}" differs from it in case' if like else "add it to the training split or remove it"
+            wrong[split] = f'{path}: class "{c}" of the {split} split has no training images; {mend}'
+    if "val" in wrong:
+        raise UsageError(wrong["val"])
+    rows = {s: [(path, number.get(c, -1)) for path, c in found.get(s, ())] for s in SPLITS}
     if not rows["train"]:
         raise UsageError(f"--data {headline.split(':')[0]}: no images in the training split")
+
+    def names(items):  # of the same files in a moved folder, or on a Mac, the same
+        return [unicodedata.normalize("NFC", path[len(root) + 1 :].replace(os.sep, "/")) for path, _ in items]
+
     held = None
     if not rows["val"]:
-        mask = hold_out(torch.tensor([label for _, label in rows["train"]]), holdout, seed).tolist()
+        mask = hold_out([label for _, label in rows["train"]], names(rows["train"]), holdout).tolist()
         held = rows["val"] = list(itertools.compress(rows["train"], mask))
         rows["train"] = [item for item, out in zip(rows["train"], mask, strict=True) if not out]
     splits = {}
     for split, items in rows.items():
         items = sorted(items, key=lambda item: item[1] < 0)  # stable: the labelled ones first
         labels, unlabelled = [label for _, label in items], sum(label < 0 for _, label in items)
-        counts = (len(items) - unlabelled, unlabelled)
-        splits[split] = Items(labels, [path for path, _ in items], counts=counts) if items else None
+        splits[split] = Items(labels, [path for path, _ in items], counts=(len(items) - unlabelled, unlabelled),
+                              names=names(items), wrong=wrong.get(split, "")) if items else None
     kind, statistics = kind_of(splits["train"], classes)
+    classes = name_classes(root, classes, food, notes)
     source = Source(name, kind, list(map(printable, classes)), *statistics, splits)
+    notes += [("", text) for text in wrong.values()]
     return described(source, headline, [*held_note(held, holdout), *notes])
+
+
+def name_classes(root, classes, food, notes):
+    """Their names: from classes.txt, a name a line, or those of food-11's numbers."""
+    try:
+        lines = Path(root, "classes.txt").read_text(encoding="utf-8-sig").splitlines() if classes else []
+    except (OSError, ValueError):
+        lines = []
+    named = [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
+    if named and not {*named} & {*classes}:
+        if len(named) == len({*named}) == len(classes):
+            return named
+        notes.append(("ignored", f"classes.txt: {len({*named})} names for {len(classes)} classes"))
+    return FOOD11 if food and is_food11(classes) else classes
+
+
+def is_food11(classes):
+    """Whether classes are the numbers 0 to 10, or 00 to 10."""
+    return len(classes) == 11 and {(c or "").lstrip("0") for c in classes} == {"", *map(str, range(1, 11))}
 
 
 def kind_of(train, classes):
@@ -527,15 +669,17 @@ def held_count(images, fraction):
     return 0 if fraction == 0 or images < 2 else min(max(round(images * fraction), 1), images - 1)
 
 
-def hold_out(labels, fraction, seed):
-    """Stratified: a mask (N,) of the labelled images that become the validation split."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    for c in labels.unique().tolist():
-        rows = (labels == c).nonzero().flatten()
-        if c >= 0:
-            chosen = torch.randperm(len(rows), generator=generator)[: held_count(len(rows), fraction)]
-            mask[rows[chosen]] = True
+def hold_out(labels, names, fraction):
+    """A mask (N,) of the labelled images that become the validation split: of each class the first by a hash.
+
+    The hash is that of the name alone, so a file more or less lets at most one other image change sides.
+    """
+    ranked, mask = {}, torch.zeros(len(labels), dtype=torch.bool)
+    hashes = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
+    for i in sorted(range(len(names)), key=hashes.__getitem__):
+        ranked.setdefault(labels[i], []).append(i)
+    for c, rows in ranked.items():
+        mask[rows[: held_count(len(rows), fraction)] if c >= 0 else []] = True
     return mask
 
 
@@ -545,7 +689,7 @@ def held_note(held, holdout):
 
 
 def described(source, headline, notes=()):
-    """Fills in source.description: what was recognised, in lines of at most 78 columns."""
+    """Fills in source.description, what was recognised in lines of at most 78 columns, and source.contents."""
     rows = [("data", headline)]
     for split, title in (("train", "training"), ("val", "validation"), ("test", "test")):
         labelled, unlabelled = source.splits[split].counts if source.splits[split] else (0, 0)
@@ -554,9 +698,25 @@ def described(source, headline, notes=()):
     classes = source.classes[:12] + (["..."] if len(source.classes) > 12 else [])
     rows.append(("classes", f"{len(source.classes)}: {', '.join(classes)}" if classes else "none"))
     for title, text in [*rows, *notes]:
-        source.description += textwrap.wrap(printable(text), 78, break_on_hyphens=False,
-                                            initial_indent=f"{title:<12}", subsequent_indent=" " * 12)
+        source.description += lines_of(title, text)
+    for split, items in source.splits.items():
+        if items is not None:
+            digest = hashlib.sha256(repr((items.tag, items.counts, items.labels, items.names)).encode())
+            source.contents[split] = [sum(items.counts), digest.hexdigest()[:16]]
     return source
+
+
+def note_changes(source, data, saved, splits):
+    """Has the description say whether the images of a run, of flags `saved`, are others now. data: --data, or None."""
+    changed = changed_images(saved, source, splits)
+    if changed and os.path.abspath(data or saved["data"]) == os.path.abspath(saved["data"]):
+        source.description += lines_of("changed", f"images since this run was trained: {changed}; some that it trained "
+                                                  "on may be validation images now")
+
+
+def lines_of(title, text):
+    return textwrap.wrap(printable(text), 78, break_on_hyphens=False, initial_indent=f"{title:<12}",
+                         subsequent_indent=" " * 12)
 
 
 IMAGENETTE = {
@@ -564,6 +724,8 @@ IMAGENETTE = {
     "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
     "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball", "n03888257": "parachute",
 }
+FOOD11 = ["Bread", "Dairy product", "Dessert", "Egg", "Fried food", "Meat", "Noodles/Pasta", "Rice", "Seafood", "Soup",
+          "Vegetable/Fruit"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -593,6 +755,8 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
     for split in SPLITS:
         items = source.splits.get(split) if split in splits else None
         if items is not None:
+            if items.wrong:
+                raise UsageError(items.wrong)
             final = cache / f"{source.name}-{split}-{size}-{store_key(items, size)}"
             packed[split] = pack_split(final, split, items, size, quiet, workers)
     report_unreadable(packed, source, cache, skip_unreadable, quiet)

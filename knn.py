@@ -209,6 +209,7 @@ def open_data(args, checkpoint, splits):
     holdout = 0.0 if saved["knn_split"] == "test" else 0.1
     source = data.open_source(args.data or saved["data"], args.data_root or saved["data_root"],
                               holdout=holdout)
+    data.note_changes(source, args.data, saved, splits)
     dataset = data.pack(source, checkpoint["image_size"], args.cache or saved["cache"], splits=splits,
                         skip_unreadable=saved["skip_unreadable"])
     dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]  # what the network was trained with

@@ -205,7 +205,8 @@ def fill_recipe(args, kind, images, passes):
 
 def check_labels(args, classes, counts):
     """counts: {split: labelled images}.  raises  UsageError where there is nothing to learn or to measure."""
-    mend = {"train": "linear.py needs classes", "test": "leave --test out",
+    mend = {"train": "linear.py needs classes",
+            "test": "leave --test out or, for an honest figure, keep a part of validation as the labelled test split",
             "val": "--no-validation --test trains without, or give data that has some"}
     for split, count in counts.items():
         if count == 0:
@@ -464,6 +465,8 @@ def main(argv=None):
     # Data: the test split is opened only where it is asked for.
     source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
     splits = ["train", *([] if args.no_validation else ["val"]), *(["test"] if args.test else [])]
+    if not checkpoint and args.knn_split == pretrained["args"]["knn_split"]:
+        data.note_changes(source, args.data, pretrained["args"], splits)
     check_labels(args, source.classes, {s: source.splits[s].counts[0] if source.splits[s] else 0 for s in splits})
     run = common.Run("linear", args, source, checkpoint, score="top1", title="top-1", best="linear.pt",
                      name=f"linear-{args.way}")

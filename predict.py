@@ -69,12 +69,21 @@ def parse_args(argv):
 
 
 def list_files(arguments):
-    """The files to answer about, in order: those named, whatever their ending, and the images below folders."""
-    files = []
+    """The files to answer about, in order: those named, whatever their ending, and all pictures below folders."""
+    files, others = [], []
     for argument in arguments:
-        files += data.images_below(argument, []) if os.path.isdir(argument) else [argument]
+        if not os.path.isdir(argument):
+            files.append(argument)
+            continue
+        folder = data.Folder(argument)
+        other = [file for inner in folder.walk() for file in inner.others]
+        foreign = data.foreign_pictures(other)  # a line each; where it cannot be read, that is said
+        files += folder.pictures + foreign
+        others += [file for file in other if file not in foreign]
     if not files:
         raise common.UsageError(f"{', '.join(arguments)}: no images found there")
+    if others:
+        print(f"passed over: {len(others):,} files that are no images, such as {data.printable(others[0])}")
     return files
 
 

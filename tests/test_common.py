@@ -150,7 +150,7 @@ def test_clock():
 
 
 class Source:
-    name, description = "pictures", ["12 pictures"]
+    name, description, contents = "pictures", ["12 pictures"], {}
 
 
 class Dataset:

@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -105,10 +106,155 @@ def test_class_folders_without_a_split(tmp_path):
     train, val = source.splits["train"], source.splits["val"]
     assert [val.labels.count(c) for c in range(3)] == [0, 1, 3]  # one of two, none of one, a tenth of thirty
     assert not set(train.files) & set(val.files) and len(train.files) + len(val.files) == 33
-    again, other = data.open_source(tmp_path), data.open_source(tmp_path, seed=1)
-    assert again.splits["val"].files == val.files != other.splits["val"].files
+    os.rename(tmp_path, tmp_path.with_name("moved"))
+    moved = data.open_source(tmp_path.with_name("moved")).splits["val"]
+    assert [os.path.relpath(f, tmp_path.with_name("moved")) for f in moved.files] == [
+        os.path.relpath(f, tmp_path) for f in val.files]
+    os.rename(tmp_path.with_name("moved"), tmp_path)
     none = data.open_source(tmp_path, holdout=0)
     assert none.splits["val"] is None and len(none.splits["train"].files) == 33
+
+
+def test_a_picture_more_or_less_lets_one_other_change_sides_at_most(tmp_path):
+    def sides():
+        splits = data.open_source(tmp_path).splits
+        assert not {*splits["train"].files} & {*splits["val"].files}
+        return {*splits["val"].files}
+
+    class_folders(tmp_path, a=30, b=30, c=30)
+    before, changes = sides(), []
+    for i in range(30, 45):
+        picture(tmp_path / "b" / f"{i}.png")
+        after = sides()
+        changes.append(len((before ^ after) - {str(tmp_path / f"b/{i}.png")}))
+        before = after
+    for i in range(12):
+        os.remove(tmp_path / "b" / f"{i}.png")
+        after = sides()
+        changes.append(len((before ^ after) - {str(tmp_path / f"b/{i}.png")}))
+        before = after
+    assert max(changes) == 1
+    labels, names = [i % 10 for i in range(50_000)], [f"cifar10/train/{i}" for i in range(50_000)]
+    mask = data.hold_out(labels, names, 0.1)
+    assert torch.tensor(labels)[mask].bincount().tolist() == [500] * 10
+    assert mask.nonzero().flatten().tolist() != list(range(5_000))
+
+
+def splits_of(folder):
+    """{split: its class names, None among them for unlabelled images}"""
+    source = data.open_source(folder, holdout=0)
+    return {split: {None if label < 0 else source.classes[label] for label in items.labels}
+            for split, items in source.splits.items() if items}
+
+
+@pytest.mark.parametrize("folders, wanted", [
+    # what else the names say is the same in all of them, or says nothing
+    ("training_set/cat training_set/dog test_set/cat test_set/dog", {"train": "cat dog", "test": "cat dog"}),
+    ("train2017/a val2017/a test2017/a", {"train": "a", "val": "a", "test": "a"}),
+    ("TrainSet/a TestImages/a", {"train": "a", "test": "a"}),
+    ("food_train/a food_val/a food_eval", {"train": "a", "val": "a"}),
+    ("1_train/a {val}/a", {"train": "a", "val": "a"}),
+    ("one/more/train/a one/more/val/a", {"train": "a", "val": "a"}),
+    ("s_train/s_train/a s_train/s_train/b s_test/s_test/a", {"train": "a b", "test": "a"}),
+    # unlabelled images of the training split
+    ("train/a train/b val/a train_unl", {"train": "a b None", "val": "a"}),
+    ("unlabelled_train train/a val/a", {"train": "a None", "val": "a"}),
+    ("train_labeled/a train_unlabeled/a val/a", {"train": "a None", "val": "a"}),
+    ("labeled/a labeled/b unlabeled", {"train": "a b None"}),
+    ("cat dog unlabeled", {"train": "cat dog None"}),
+    # classes
+    ("train_station test_tube bus", {"train": "bus test_tube train_station"}),
+    ("train bus car", {"train": "bus car train"}),
+    ("carnival/a carnival/b oval/a oval/b", {"train": "carnival oval"}),
+    ("images/cat images/dog labels", {"train": "cat dog"}),
+    # a loose training split; labels that only the others have are not used
+    ("train val/a val/b", {"train": "None", "val": "None"}),
+    ("train_images test_images", {"train": "None", "test": "None"}),
+])
+def test_splits_by_the_names_of_their_folders(tmp_path, folders, wanted):
+    for name in folders.split():
+        if name == "labels":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "0.txt").touch()
+        for i in range(0 if name in ("labels", "food_eval") else 2):
+            picture(tmp_path / name / f"{i}.png")
+    found = splits_of(tmp_path)
+    assert {s: " ".join(sorted(map(str, c), key=lambda c: (c == "None", c))) for s, c in found.items()} == wanted
+
+
+@pytest.mark.parametrize("folders, words", [
+    ("cat dog val/cat val/dog test", "has no train folder beside val and test"),
+    ("cat dog test_set", "has no train folder beside test_set"),
+    ("cat dog {val}/cat {val}/dog", "has no train folder beside {val}"),
+    ("train/cat train/dog bus", "has no val folder beside train"),
+    ("train_a/cat train_a/dog holdout/cat holdout/dog", "has no val folder beside train_a"),
+    ("trainA testA trainB testB", "trainA and trainB both look like the train split"),
+    ("race-track test-track train-track", "beside it is race-track"),
+    ("cat/train cat/val dog/train dog/val", "cat, dog has splits of its own"),
+])
+def test_two_readings_are_refused(tmp_path, folders, words):
+    for name in folders.split():
+        for i in range(3):
+            picture(tmp_path / name / f"{i}.png")
+    with pytest.raises(UsageError) as error:
+        data.open_source(tmp_path)
+    assert words in line_of(error) and "understood are" in str(error.value)
+
+
+@pytest.mark.parametrize("names", ["{0:04}_left {0:04}_right", "0{0}_left 0{0}_right", "{0}_1",
+                                   "2023010{0}_120001 2023010{0}_12"])
+def test_numbers_in_names_are_not_always_classes(tmp_path, names):
+    for split in ("train", "val"):
+        for i in range(3):
+            for name in names.format(i).split():
+                picture(tmp_path / split / f"{name}.jpg")
+    assert splits_of(tmp_path) == {"train": {None}, "val": {None}}
+
+
+@pytest.mark.parametrize("make", [
+    lambda split, c, i: f"{split}/{c}_{i}.jpg", lambda split, c, i: f"{split}/{c:02}/{i}.jpg",
+    lambda split, c, i: f"{split}{'/labeled' * (split == 'training')}/{c:02}/{i}.jpg"])
+def test_the_classes_of_food11_have_names(tmp_path, make):
+    for split in ("training", "validation"):
+        for c in range(11):
+            for i in range(2):
+                picture(tmp_path / make(split, c, i))
+    picture(tmp_path / "training/unlabeled/0.jpg") if "labeled" in make("training", 0, 0) else None
+    assert data.open_source(tmp_path).classes == data.FOOD11
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghijk") + "\n", encoding="utf-8-sig")
+    assert data.open_source(tmp_path).classes == list("abcdefghijk")
+
+
+def test_names_from_classes_txt(tmp_path):
+    class_folders(tmp_path, c1=2, c2=2, c10=2)
+    for text, classes in (("ant\r\nbee\r\ncow\r\n", ["ant", "bee", "cow"]), ("c10\nc1\nc2", ["c1", "c2", "c10"]),
+                          ("ant\nbee", ["c1", "c2", "c10"]), ("ant\nbee\nbee", ["c1", "c2", "c10"])):
+        (tmp_path / "classes.txt").write_text(text)
+        source = data.open_source(tmp_path)
+        assert source.classes == classes
+        assert ("classes.txt: 2 names for 3 classes" in " ".join(source.description)) == ("c1" not in text
+                                                                                           and classes[0] == "c1")
+
+
+def test_class_names_in_two_forms_of_unicode_are_one(tmp_path):
+    for split, form in (("train", "NFC"), ("val", "NFD"), ("test", "NFC")):
+        picture(tmp_path / split / unicodedata.normalize(form, "Käse") / "0.png")
+    d = packed(tmp_path, tmp_path / "c")
+    assert d.classes == ["Käse"] and d.val.labels.tolist() == d.test.labels.tolist() == [0]
+    os.rename(tmp_path / "val", tmp_path / "gone")
+    picture(tmp_path / "val/KÄSE/0.png")
+    os.rename(tmp_path / "gone", tmp_path / "val/.gone")
+    with pytest.raises(UsageError, match='"Käse" differs from it in case'):
+        data.open_source(tmp_path)
+
+
+def test_a_class_of_the_test_split_alone_matters_where_that_is_asked_for(tmp_path):
+    class_folders(tmp_path / "train", a=2, b=2)
+    class_folders(tmp_path / "test", a=2, unknown=2)
+    assert packed(tmp_path, tmp_path / "c", splits=("train", "val")).test is None
+    assert 'class "unknown" of the test split' in " ".join(" ".join(data.open_source(tmp_path).description).split())
+    with pytest.raises(UsageError, match='class "unknown" of the test split has no training images'):
+        packed(tmp_path, tmp_path / "c")
 
 
 def test_loose_images_in_one_more_folder_and_what_is_ignored(tmp_path):
@@ -121,7 +267,7 @@ def test_loose_images_in_one_more_folder_and_what_is_ignored(tmp_path):
     source = data.open_source(tmp_path)
     text = " ".join(" ".join(source.description).split())
     assert source.classes == [] and source.splits["train"].labels == [-1] * 6 and source.splits["val"] is None
-    assert "no labels" in text and "2 files that are no images" in text
+    assert "no labels" in text and "1 file that is no image" in text
     assert len(packed(tmp_path, tmp_path / "c").train) == 6
 
 

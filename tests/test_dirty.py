@@ -445,12 +445,13 @@ def test_folders_that_lead_back_into_themselves(folder, tmp_path):
     assert len(train) == 38 and train.labels.bincount().tolist() == [13, 12, 13]
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/x").symlink_to(tmp_path / "loop")
-    with pytest.raises(UsageError, match="leads nowhere"):
+    with pytest.raises(UsageError, match="no images found"):
         data.open_source(tmp_path / "loop")
 
 
 def test_what_is_passed_over_is_said(tmp_path):
-    coloured(tmp_path / "training/labeled/a/0.png", 0, 0)
+    for i in range(3):
+        coloured(tmp_path / f"training/labeled/a/{i}.png", 0, i)
     coloured(tmp_path / "training/labeled/loose.png", 0, 0)
     coloured(tmp_path / "training/other/0.png", 0, 0)
     coloured(tmp_path / "validation/a/0.png", 0, 0)
@@ -458,9 +459,45 @@ def test_what_is_passed_over_is_said(tmp_path):
     coloured(tmp_path / "loose.png", 0, 0)
     text = "\n".join(data.open_source(tmp_path).description)
     top = tmp_path.name
-    for words in ("1 loose images beside the folders in labeled", f"1 loose images beside the folders in {top}",
-                  "ignored the folders other in training", f"ignored the folders extra in {top}"):
-        assert words in " ".join(text.split())
+    words = f"left out 4 pictures beside what was recognised: 1 in {top}, 1 in {top}/extra, 1 in {top}/training/labeled"
+    assert words in " ".join(text.split())
+
+
+def test_pictures_that_are_not_read_for_their_name_or_kind(folder, tmp_path):
+    for name in ("no ending", "photo.jpg?w=300"):
+        shutil.copy(folder / "train/a/0.png", folder / "train/a" / name)
+    (folder / "train/a/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "train/a/notes").write_text("no picture")
+    os.mkfifo(folder / "train/a/pipe")  # nobody waits for it
+    text = Child(lambda: " ".join(" ".join(data.open_source(folder).description).split())).result(timeout=20)
+    assert "left out 3 pictures of a kind or name that is not read, 1 without an ending" in text
+    assert "1 .HEIC, 1 .jpg?w=300: convert or rename them" in text
+    assert "2 files that are no images, such as notes" in text
+    for i in range(60):
+        (folder / f"train/b/{i}.heic").touch()
+    with pytest.raises(UsageError, match="most pictures would be left out, 63 pictures.*: convert or rename"):
+        data.open_source(folder)
+
+
+def test_most_pictures_are_never_left_out(tmp_path):
+    for i in range(6):
+        coloured(tmp_path / f"{i}.png", 0, i)
+        coloured(tmp_path / f"old/{i % 5}.png", 0, i)
+    with pytest.raises(UsageError, match="most pictures would be left out, 6 pictures beside what was recognised"):
+        data.open_source(tmp_path)
+
+
+def test_folders_of_systems_tools_and_runs_are_passed_over(folder, tmp_path):
+    for name in ("__MACOSX/train/a", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".ipynb_checkpoints",
+                 "train/a/@eaDir", "train/.trash", "runs/simsiam-1", "train/venv/site"):
+        for i in range(30):
+            coloured(folder / name / f"{i}.png", 0, i)
+    (folder / "train/a/._0.png").touch()
+    for name in ("runs/simsiam-1/args.json", "runs/simsiam-1/metrics.jsonl", "train/venv/pyvenv.cfg"):
+        (folder / name).touch()
+    for _ in range(2):
+        check_whole(packed(folder, folder / "c"))
+    assert not [line for line in data.open_source(folder).description if "left out" in line]
 
 
 @pytest.fixture
