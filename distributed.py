@@ -1,4 +1,4 @@
-"""One process a device, under torchrun: what the processes of a run must agree on.
+"""One process per device, under torchrun: what the processes of a run must agree on.
 
     torchrun --nproc_per_node=8 moco.py --data ./food-11
 
@@ -7,7 +7,7 @@ DistributedDataParallel. Every process draws the views of the whole batch from t
 rows (augment.Share), so a seed trains the same run on one process and on eight, as far as the method allows.
 Process 0 alone prints, writes and evaluates.
 
-Without torchrun nothing here does anything: rank is 0, size is 1, and functions hand back what they got.
+Without torchrun nothing here does anything: rank is 0, size is 1, and functions return what they got.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def size():
 
 
 def join(device):
-    """Join the process group that torchrun's environment describes; one process a device.
+    """Join the process group that torchrun's environment describes; one process per device.
 
     device   torch.device of common.pick_device.
     returns  torch.device of this process. Without torchrun: the same.
@@ -45,7 +45,7 @@ def join(device):
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise UsageError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: only "
-                             f"{torch.cuda.device_count()} GPUs here; one process a GPU, or --device cpu")
+                             f"{torch.cuda.device_count()} GPUs here; one process per GPU, or --device cpu")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     elif device.type != "cpu":
@@ -109,7 +109,7 @@ def mine(x):
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """gather() whose backward hands every process the gradients that all processes have for its rows."""
+    """gather() whose backward gives every process the gradients that all processes have for its rows."""
 
     @staticmethod
     def forward(ctx, x):

@@ -17,7 +17,7 @@ TOY_CLASSES = ("disc", "ring", "square", "triangle", "plus", "T", "L", "crescent
 def draw_toy(split, size):
     """Yields (n, 3, S, S) uint8: image i is a cut from an endless pattern of light copies of glyph i % 10.
 
-    Images of a class differ in what random crops and colour jitter draw anew anyway: where the cut lies, its
+    Images of a class differ in what random crops and colour jitter vary anyway: where the cut lies, its
     zoom, how dark the ground and how light the ink. So what two crops of an image share, and crops of other
     images lack, is the glyph, and a method that finds features common to two crops finds the class. When
     images were also dark on light, coloured, or irregular, methods told the images apart by that instead.

@@ -39,7 +39,7 @@ say "commit $(git rev-parse --short HEAD 2> /dev/null)"
 try tests 120 $python -m pytest -q -x $tests tests/test_augment.py tests/test_steady.py tests/test_resume.py
 show tests 1
 
-# Images a second of each method, what a step goes to, and peak memory, at both sizes; then compiled.
+# Images per second of each method, what a step goes to, and peak memory, at both sizes; then compiled.
 try step-32 90 $python bench/run.py --quick --only training $at32 --steps $steps --json "$out/step-32.json"
 show step-32 9
 try step-128 90 $python bench/run.py --quick --only training $at128 --steps $steps --json "$out/step-128.json"
@@ -51,7 +51,7 @@ try parts 90 $python bench/run.py $quick --only losses knn optimizer --json "$ou
 show parts 20
 
 if [ -n "$root" ]; then
-    # Seconds an epoch on CIFAR-10: the second of two; with DistributedDataParallel around it, too.
+    # Seconds per epoch on CIFAR-10: the second of two; with DistributedDataParallel around it, too.
     for method in simsiam moco simclr rotnet; do
         for start in "$python" "torchrun --nproc_per_node=1"; do
             name=cifar-$method; [ "$start" = "$python" ] || name=$name-ddp
@@ -60,7 +60,7 @@ if [ -n "$root" ]; then
             say "$name: $($python - "$out/$name" <<'PYTHON'
 import sys, common
 row = common.read_metrics(sys.argv[1])[-1]
-print(f"{45_000 / row['images_per_second']:.2f} s an epoch of 45,000 images, {row['knn_seconds']:.2f} s an evaluation")
+print(f"{45_000 / row['images_per_second']:.2f} s per epoch of 45,000 images, {row['knn_seconds']:.2f} s per evaluation")
 PYTHON
 )"
         done

@@ -1,12 +1,12 @@
 """How fast is it, against peers in the same run?        python bench/run.py [--quick] [--only views knn] [--json FILE]
 
-    views      views a second of SimSiam's recipe on one core: augment.py against torchvision on decoded PIL images
-    packing    images a second from 512-px JPEGs for 128-px training on one core: data.py against decoding whole
+    views      views per second of SimSiam's recipe on one core: augment.py against torchvision on decoded PIL images
+    packing    images per second from 512-px JPEGs for 128-px training on one core: data.py against decoding whole
     losses     NT-Xent and InfoNCE, forward and backward, with peak memory, N = 256 to 4096 (InfoNCE on a CPU: 1024)
     knn        10,000 queries x 50,000 images x 512 features, k 200, against the bare product of matrices
     optimizer  a step of SGD and of LARS, and MoCo's moving average, for ResNet-18
-    training   images a second of each method's own program, against forward and backward of the network alone, and
-               what the rest of a step goes to
+    training   images per second of each method's own program, against forward and backward of the network alone, and
+               what the rest of a step is spent on
 
 The sides of a comparison take turns, so that a slow moment of the machine hits both. "times as fast" is the median of
 the turns' ratios, peer's time / ours, with the least and the greatest in brackets. torchvision and Pillow are always
@@ -113,7 +113,7 @@ class Report:
         """A line for each peer.
 
         times    {"ours": [seconds of each turn], peer: [...], ...}.
-        work     how many units a turn does.  unit: "ms" prints the time of a turn, "/s" the units a second.
+        work     how many units a turn does.  unit: "ms" prints the time of a turn, "/s" the units per second.
         figures  further measurements, for the JSON file.
         """
         ours = times["ours"]
@@ -419,7 +419,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="3 turns instead of 11")
     parser.add_argument("--device", default="auto", help="of all but views and packing")
     parser.add_argument("--size", type=common.number(int, low=8), default=32, help="of training: pixels a side")
-    parser.add_argument("--batch", type=common.number(int, low=8), default=64, help="of training: images a step")
+    parser.add_argument("--batch", type=common.number(int, low=8), default=64, help="of training: images per step")
     parser.add_argument("--width", type=common.number(int, low=1), default=16, help="of training: of the network")
     parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of training")
     parser.add_argument("--steps", type=common.number(int, low=1), default=20, help="of training: a turn")
