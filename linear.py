@@ -153,8 +153,8 @@ def parse_args(argv=None):
         parser.error("--crop: --cached sees plain views only; take --probe")
     if args.no_validation and not args.test:
         parser.error("--no-validation: then nothing would be measured; add --test")
-    if args.optimizer in ("lars", "adamw") and args.lr is None:
-        parser.error(f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr, "
+    if args.optimizer in ("lars", "adamw") and not (args.lr or args.step_lr):
+        parser.error(f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr or --step-lr, "
                      f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance")
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("linear.py trains on one device: start it without torchrun")
@@ -180,14 +180,10 @@ def fill_recipe(args, kind, images, passes):
     recipe = RECIPES[args.way] | (TOY[args.way] if kind == "toy" else {})
     if args.way != "cached":
         recipe["crop"] = "pad" if kind in ("toy", "cifar") else "resized"
-    # A run of fewer epochs than the table's warms up for a shorter while.
-    recipe["warmup_epochs"] *= (args.epochs or recipe["epochs"]) / recipe["epochs"]
     # The table's batch, cut to what there is and so that no short one is left over.
     steps = math.ceil(passes * images / min(images, recipe["batch_size"]))
     recipe["batch_size"] = math.ceil(passes * images / steps)
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    common.fill_flags(args, recipe)
     if args.batch_size > images:
         raise common.UsageError(f"--batch-size {args.batch_size}: more than the {images} labelled images to train on; "
                                 f"take at most {images}")
@@ -491,7 +487,7 @@ def main(argv=None):
     else:
         # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
         batches = Passes(train, passes, args.batch_size, device, args.seed, drop_last=not frozen)
-    lr = args.lr * args.batch_size / 256
+    lr = args.step_lr or args.lr * args.batch_size / 256
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad], lr)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
     warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too

@@ -260,7 +260,7 @@ def main(argv=None):
 
     # Model and optimiser.
     model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
+    lr = args.step_lr or args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
                                 nesterov=True, fused=True)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
@@ -330,8 +330,8 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         row = run.log(epoch=finished, step=step, lr=lr, **held, **scores)
         if row["rotation"] < 26:
-            run.say("  at chance: no rotation is recognised. Lower --lr or raise --warmup-epochs; or these\n"
-                    "  pictures look alike from all sides.")
+            run.say("  at chance: no rotation is recognised. Unless these pictures look alike from all\n"
+                    f"  sides, {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
         run.save(step, scores["knn"], last)
         if stop:
             run.say(f"stopped {held['val_rotation']:.2f} % of validation rotations are right: "

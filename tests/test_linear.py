@@ -490,7 +490,7 @@ def wrong_uses(tmp_path, pictures, pretrained):
         "raw that would train": ([*run, "--from-scratch", "--raw-features"], ["--raw-features", "--probe"]),
         "crops of cached features": ([*run, "--crop", "pad"], ["--crop", "--probe"]),
         "nothing measured": ([*run, "--no-validation"], ["--no-validation", "--test"]),
-        "rate of another optimiser": ([*run, "--optimizer", "lars"], ["--optimizer lars", "--lr"]),
+        "rate of another optimiser": ([*run, "--optimizer", "lars"], ["--optimizer lars", "--lr", "--step-lr"]),
         "picture of another kind": ([*run, "--confusion", "a.jpg"], ["--confusion", ".png"]),
         "picture nowhere": ([*run, "--confusion", "nowhere/a.png"], ["--confusion", "nowhere"]),
         "no labels asked for": ([*run, "--label-fraction", "0"], ["--label-fraction", "above 0"]),
