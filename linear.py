@@ -58,6 +58,7 @@ Health      The loss starts near log(classes). A train_top1 near 100 with a
             has 96.9 % (one seed, validation images).
 """
 
+import functools
 import io
 import json
 import math
@@ -129,6 +130,12 @@ def parse_args(argv=None):
         choices=("sgd", "lars", "adamw"))
     add("--schedule", "of the rate; steps: a tenth after 60 and again after 80 %% of the run",
         choices=("cosine", "steps"))
+    add("--focal-gamma", "of rotnet.py's focal loss: how much less an easy image counts; 0: plain cross-entropy",
+        type=common.number(float, low=0), default=0.0)
+    add("--focal-alpha", "of the focal loss: a factor of the whole loss", type=common.number(float, above=0),
+        default=1.0)
+    add("--stop-at-accuracy", "end after the evaluation whose validation top-1 reaches this", metavar="PERCENT",
+        type=common.number(float, above=0, high=100))
     add("--eval-every", "epochs between evaluations, each a line in metrics.jsonl and a candidate for linear.pt",
         type=common.number(int, low=1))
     add("--test", "score the test split, once, at the end, with the weights that validation chose",
@@ -153,6 +160,8 @@ def parse_args(argv=None):
         parser.error("--crop: --cached sees plain views only; take --probe")
     if args.no_validation and not args.test:
         parser.error("--no-validation: then nothing would be measured; add --test")
+    if args.no_validation and args.stop_at_accuracy:
+        parser.error("--stop-at-accuracy: validation images say when to stop; leave --no-validation out")
     if args.optimizer in ("lars", "adamw") and not (args.lr or args.step_lr):
         parser.error(f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr or --step-lr, "
                      f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance")
@@ -456,6 +465,7 @@ def main(argv=None):
     source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
     splits = ["train", *([] if args.no_validation else ["val"]), *(["test"] if args.test else [])]
     check_labels(args, source.classes, {s: source.splits[s].counts[0] if source.splits[s] else 0 for s in splits})
+    common.check_stop(args.stop_at_accuracy, chance=100 / len(source.classes))
     run = common.Run("linear", args, source, checkpoint, score="top1", title="top-1", best="linear.pt",
                      name=f"linear-{args.way}")
     dataset = data.pack(source, args.image_size, args.cache, splits, run.quiet, args.skip_unreadable)
@@ -494,18 +504,26 @@ def main(argv=None):
     schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps, kind=args.schedule,
                                   milestones=[round(share * total_steps) for share in (0.6, 0.8)])
 
+    loss_of = F.cross_entropy
+    if (args.focal_gamma, args.focal_alpha) != (0, 1):
+        from rotnet import focal_loss
+        loss_of = functools.partial(focal_loss, gamma=args.focal_gamma, alpha=args.focal_alpha)
+
     def evaluate():
-        """Validation accuracies of the model as it is; None where nothing is held out."""
+        """Validation loss and accuracies of the model as it is; None where nothing is held out."""
         if args.no_validation:
-            return {"top1": None, "top5": None, "class_mean": None}
+            return {"val_loss": None, "top1": None, "top5": None, "class_mean": None}
         split = labelled["val"]
         x = features["val"] if frozen else plain_features(model.backbone, args.layer, split, dataset, device, autocast)
         plain = {name: value.to(device) for name, value in model.plain().items()}
-        return accuracies(F.linear(x, **plain).cpu(), split.labels)
+        logits = F.linear(x, **plain).cpu()
+        return {"val_loss": loss_of(logits, split.labels).item(), **accuracies(logits, split.labels)}
 
     classes = len(dataset.classes)
+    chance = args.focal_alpha * (1 - 1 / classes) ** args.focal_gamma * math.log(classes)
+    formula = f"log({classes})" if loss_of is F.cross_entropy else f"alpha (1 - 1/{classes})^gamma log({classes})"
     step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
-                     chance=f"log({classes}) = {math.log(classes):.3g}, top-1 {100 / classes:.3g} %",
+                     chance=f"{formula} = {chance:.3g}, top-1 {100 / classes:.3g} %",
                      extra=lambda: {"layer": args.layer, "classifier": model.plain()})
     run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} an epoch")
     if step == 0 and not args.no_validation:
@@ -527,7 +545,7 @@ def main(argv=None):
                 x = view(x, aspect, generator, args, dataset.mean, dataset.std)        # (N, 3, S, S)
                 with autocast():
                     logits = model(x)                                                  # (N, K)
-            loss = F.cross_entropy(logits, labels)
+            loss = loss_of(logits, labels)
 
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -545,7 +563,12 @@ def main(argv=None):
         if last or finished % args.eval_every == 0:
             scores = evaluate()
             run.log(epoch=finished, step=step, lr=lr, **scores)
-        run.save(step, scores["top1"], last)
+        stop = not last and (scores["top1"] or 0) >= (args.stop_at_accuracy or math.inf)
+        run.save(step, scores["top1"], last or stop)
+        if stop:
+            run.say(f"stopped {scores['top1']:.2f} % of validation images are right: "
+                    f"--stop-at-accuracy {args.stop_at_accuracy:g}")
+            break
 
     if frozen:
         check_frozen(model.backbone, pretrained["backbone"])
