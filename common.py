@@ -380,12 +380,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.recipes = recipes or {"": {}}
 
-    def flag(self, flag, meaning, **kind):
+    def flag(self, flag, meaning, group=None, **kind):
         """add_argument(flag, ...) whose help also says what each kind of data takes by default."""
         name = flag[2:].replace("-", "_")
         if all(name in recipe for recipe in self.recipes.values()):
             meaning += f" (default: {', '.join(f'{kind} {r[name]}' for kind, r in self.recipes.items())})"
-        self.add_argument(flag, help=meaning, **kind)
+        (group or self).add_argument(flag, help=meaning, **kind)
 
     def error(self, message):  # argparse prints the whole usage first
         complain(f"{self.prog}: error: {message}", 2)
@@ -409,6 +409,14 @@ def number(kind, low=None, high=None, above=None):
         return value
 
     return parse
+
+
+class Rate(argparse.Action):
+    """--lr or --step-lr: the one that is given replaces whichever a resumed run has saved."""
+
+    def __call__(self, parser, args, value, flag=None):
+        args.lr = args.step_lr = None
+        setattr(args, self.dest, value)
 
 
 def png_file(text):
@@ -448,10 +456,14 @@ def training_parser(doc, recipes, without=()):
     add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))
     add("--epochs", "passes over the training images", type=whole(low=1))
     add("--batch-size", "images a step", type=whole(low=2))
-    add("--lr", "learning rate per 256 images; too high: the loss stays at chance or turns NaN",
-        type=real(above=0))
+    rates = parser.add_mutually_exclusive_group()
+    add("--lr", "learning rate per 256 images: a step's is in proportion to its batch; too high: the loss stays at "
+        "chance or turns NaN", type=real(above=0), action=Rate, group=rates)
+    add("--step-lr", "in place of --lr: the rate per step itself, whatever the batch, as most articles give it",
+        type=real(above=0), action=Rate, group=rates)
     add("--weight-decay", "L2 penalty", type=real(low=0))
-    add("--warmup-epochs", "epochs over which the rate climbs", type=real(low=0))
+    add("--warmup-epochs", "epochs over which the rate climbs; by default fewer in proportion where --epochs are fewer",
+        type=real(low=0))
     add("--seed", "of weights, order and views", type=whole(low=0), default=0)
     add("--device", "auto (cuda, mps, cpu), or one of them, or cuda:1", default="auto")
     add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
@@ -533,15 +545,22 @@ def newest_run(method, args, given):
     return max(found)[1] if found else None
 
 
+def fill_flags(args, recipe):
+    """Give every flag that is still None its value from a table of defaults."""
+    for name, value in recipe.items():
+        if name == "warmup_epochs":  # a run of fewer epochs than the table's warms up for a shorter while
+            value = round(value * min(1, (args.epochs or recipe["epochs"]) / recipe["epochs"]), 3)
+        if getattr(args, name) is None and not (name == "lr" and args.step_lr):
+            setattr(args, name, value)
+
+
 def fill_recipe(args, recipe, source):
-    """Give every flag that is still None its value from the recipe of this kind of data.
+    """fill_flags() from the recipe of this kind of data.
 
     raises  UsageError where the source has fewer training images than a batch, or none; or where several
             processes cannot share a batch equally.
     """
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_flags(args, recipe)
     train = source.splits["train"]
     images = sum(train.counts) if train else 0
     if images < args.batch_size:
@@ -561,6 +580,27 @@ def changed_images(saved, source, splits):
         if "contents" in saved and before != now:
             words.append(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now")
     return ", ".join(words)
+
+
+def rate_hint(args, recipe, lr):
+    """What to do about the rate of a run whose loss stays at chance, in words.
+
+    recipe  of this kind of data.  lr: the rate per step, after warm-up.
+    """
+    if args.warmup_epochs > args.epochs / 2:
+        return f"lower --warmup-epochs: {args.warmup_epochs:g} of {args.epochs} epochs are most of the run"
+    flag, per_256 = ("lr", args.lr) if args.lr else ("step-lr", args.step_lr * 256 / args.batch_size)
+    short = args.max_steps or args.epochs < recipe["epochs"]
+    return (f"{'lower' if per_256 >= recipe['lr'] else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
+            f"{'train longer' if short else 'raise --warmup-epochs'}")
+
+
+def check_stop(percent, chance):
+    """raises  UsageError for a --stop-at-accuracy that chance alone reaches, or that is a share, 0.95 for 95 %."""
+    low = max(1, chance)
+    if percent is not None and percent <= low:
+        fix = f"did you mean {100 * percent:g}?" if low < 100 * percent <= 100 else "take more"
+        raise UsageError(f"--stop-at-accuracy {percent:g}: in percent, of which chance alone gives {chance:.3g}; {fix}")
 
 
 def holdout(args):
@@ -729,11 +769,14 @@ class Run:
             precision = f"{dist.get_world_size()} processes, {precision}"
         facts = {
             "recipe": recipe,
-            "lr": f"{lr:g} a step of {args.batch_size} images ({args.lr:g} per 256)",
+            "lr": f"{lr:g} per step of {args.batch_size} images" + (f" ({args.lr:g} per 256)" if args.lr else ""),
             "steps": f"{epoch_steps:,} an epoch, {total_steps:,} in all, on {precision}",
             "chance": f"loss {chance}",
             "writes": f"{self.folder}",
         }
+        if args.warmup_epochs > args.epochs / 2:
+            facts["note"] = (f"--warmup-epochs {args.warmup_epochs:g} of {args.epochs} epochs: the rate climbs for "
+                             f"most of the run; {args.epochs / 10:g} is usual")
         if step:
             facts["resumes"] = f"at step {step:,}" + (": nothing is left to do" if step >= total_steps else "")
         for name, text in facts.items():

@@ -63,6 +63,7 @@ Health      The loss starts near log(classes). A train_top1 near 100 with a
             has 96.9 % (one seed, validation images).
 """
 
+import functools
 import io
 import json
 import math
@@ -134,6 +135,12 @@ def parse_args(argv=None):
         choices=("sgd", "lars", "adamw"))
     add("--schedule", "of the rate; steps: a tenth after 60 and again after 80 %% of the run",
         choices=("cosine", "steps"))
+    add("--focal-gamma", "of rotnet.py's focal loss: how much less an easy image counts; 0: plain cross-entropy",
+        type=common.number(float, low=0), default=0.0)
+    add("--focal-alpha", "of the focal loss: a factor of the whole loss", type=common.number(float, above=0),
+        default=1.0)
+    add("--stop-at-accuracy", "end after the evaluation whose validation top-1 reaches this", metavar="PERCENT",
+        type=common.number(float, above=0, high=100))
     add("--eval-every", "epochs between evaluations, each a line in metrics.jsonl and a candidate for linear.pt",
         type=common.number(int, low=1))
     add("--test", "score the test split, once, at the end, with the weights that validation chose",
@@ -158,8 +165,10 @@ def parse_args(argv=None):
         parser.error("--crop: --cached sees plain views only; take --probe")
     if args.no_validation and not args.test:
         parser.error("--no-validation: then nothing would be measured; add --test")
-    if args.optimizer in ("lars", "adamw") and args.lr is None:
-        parser.error(f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr, "
+    if args.no_validation and args.stop_at_accuracy:
+        parser.error("--stop-at-accuracy: validation images say when to stop; leave --no-validation out")
+    if args.optimizer in ("lars", "adamw") and not (args.lr or args.step_lr):
+        parser.error(f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr or --step-lr, "
                      f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance")
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("linear.py trains on one device: start it without torchrun")
@@ -185,14 +194,10 @@ def fill_recipe(args, kind, images, passes):
     recipe = RECIPES[args.way] | (TOY[args.way] if kind == "toy" else {})
     if args.way != "cached":
         recipe["crop"] = "pad" if kind in ("toy", "cifar") else "resized"
-    # A run of fewer epochs than the table's warms up for a shorter while.
-    recipe["warmup_epochs"] *= (args.epochs or recipe["epochs"]) / recipe["epochs"]
     # The table's batch, cut to what there is and so that no short one is left over.
     steps = math.ceil(passes * images / min(images, recipe["batch_size"]))
     recipe["batch_size"] = math.ceil(passes * images / steps)
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    common.fill_flags(args, recipe)
     if args.batch_size > images:
         raise common.UsageError(f"--batch-size {args.batch_size}: more than the {images} labelled images to train on; "
                                 f"take at most {images}")
@@ -468,6 +473,7 @@ def main(argv=None):
     if not checkpoint and args.knn_split == pretrained["args"]["knn_split"]:
         data.note_changes(source, args.data, pretrained["args"], splits)
     check_labels(args, source.classes, {s: source.splits[s].counts[0] if source.splits[s] else 0 for s in splits})
+    common.check_stop(args.stop_at_accuracy, chance=100 / len(source.classes))
     run = common.Run("linear", args, source, checkpoint, score="top1", title="top-1", best="linear.pt",
                      name=f"linear-{args.way}")
     dataset = data.pack(source, args.image_size, args.cache, splits, run.quiet, args.skip_unreadable)
@@ -499,25 +505,33 @@ def main(argv=None):
     else:
         # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
         batches = Passes(train, passes, args.batch_size, device, args.seed, drop_last=not frozen)
-    lr = args.lr * args.batch_size / 256
+    lr = args.step_lr or args.lr * args.batch_size / 256
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad], lr)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
     warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
     schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps, kind=args.schedule,
                                   milestones=[round(share * total_steps) for share in (0.6, 0.8)])
 
+    loss_of = F.cross_entropy
+    if (args.focal_gamma, args.focal_alpha) != (0, 1):
+        from rotnet import focal_loss
+        loss_of = functools.partial(focal_loss, gamma=args.focal_gamma, alpha=args.focal_alpha)
+
     def evaluate():
-        """Validation accuracies of the model as it is; None where nothing is held out."""
+        """Validation loss and accuracies of the model as it is; None where nothing is held out."""
         if args.no_validation:
-            return {"top1": None, "top5": None, "class_mean": None}
+            return {"val_loss": None, "top1": None, "top5": None, "class_mean": None}
         split = labelled["val"]
         x = features["val"] if frozen else plain_features(model.backbone, args.layer, split, dataset, device, autocast)
         plain = {name: value.to(device) for name, value in model.plain().items()}
-        return accuracies(F.linear(x, **plain).cpu(), split.labels)
+        logits = F.linear(x, **plain).cpu()
+        return {"val_loss": loss_of(logits, split.labels).item(), **accuracies(logits, split.labels)}
 
     classes = len(dataset.classes)
+    chance = args.focal_alpha * (1 - 1 / classes) ** args.focal_gamma * math.log(classes)
+    formula = f"log({classes})" if loss_of is F.cross_entropy else f"alpha (1 - 1/{classes})^gamma log({classes})"
     step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
-                     chance=f"log({classes}) = {math.log(classes):.3g}, top-1 {100 / classes:.3g} %",
+                     chance=f"{formula} = {chance:.3g}, top-1 {100 / classes:.3g} %",
                      extra=lambda: {"layer": args.layer, "classifier": model.plain()})
     run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} an epoch")
     if step == 0 and not args.no_validation:
@@ -539,7 +553,7 @@ def main(argv=None):
                 x = view(x, aspect, generator, args, dataset.mean, dataset.std)        # (N, 3, S, S)
                 with autocast():
                     logits = model(x)                                                  # (N, K)
-            loss = F.cross_entropy(logits, labels)
+            loss = loss_of(logits, labels)
 
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -557,7 +571,12 @@ def main(argv=None):
         if last or finished % args.eval_every == 0:
             scores = evaluate()
             run.log(epoch=finished, step=step, lr=lr, **scores)
-        run.save(step, scores["top1"], last)
+        stop = not last and (scores["top1"] or 0) >= (args.stop_at_accuracy or math.inf)
+        run.save(step, scores["top1"], last or stop)
+        if stop:
+            run.say(f"stopped {scores['top1']:.2f} % of validation images are right: "
+                    f"--stop-at-accuracy {args.stop_at_accuracy:g}")
+            break
 
     if frozen:
         check_frozen(model.backbone, pretrained["backbone"])

@@ -112,9 +112,8 @@ def parse_args(argv=None):
     add("--no-shuffle-bn", "ablation: query and key share a BatchNorm group, which gives the answer away",
         action="store_true")
     args, checkpoint = common.parse_training(parser, argv, "moco")
-    for name, value in V1.items():
-        if args.v1 and getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.v1:
+        common.fill_flags(args, V1)
     return args, checkpoint
 
 
@@ -335,7 +334,7 @@ def main(argv=None):
 
     # Model and optimiser.
     model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.lr * args.batch_size / 256
+    lr = args.step_lr or args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(model.query_parameters(), lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
     warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
@@ -403,8 +402,9 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         row = run.log(epoch=finished, step=step, lr=lr, **scores)
         if row["loss"] > 0.98 * chance:
-            run.say("  at chance: the queries do not find their keys. If it stays so, lower --lr,\n"
-                    "  or raise --warmup-epochs, --momentum-encoder or --min-crop.")
+            run.say("  at chance: the queries do not find their keys. If it stays so,\n"
+                    f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)};\n"
+                    "  or raise --momentum-encoder or --min-crop.")
         run.save(step, scores["knn"], last)
     run.finish()
 

@@ -25,6 +25,8 @@ ENDINGS = (".png", ".pdf", ".svg")
 # What stands over the panels, in their order. Figures of one title share a panel; a figure that is not listed gets
 # a panel of its own.
 TITLES = {
+    "val_loss": "loss",
+    "test_loss": "loss",
     "loss": "loss",
     "knn": "accuracy, %",
     "top1": "accuracy, %",
@@ -33,12 +35,12 @@ TITLES = {
     "std": "std of outputs (1: spread, 0: collapsed)",
     "accuracy": "other view found first, share",
     "val_rotation": "rotations named right, %",
+    "test_rotation": "rotations named right, %",
     "rotation": "rotations named right, %",
     "top5": "top-5 accuracy, %",
     "class_mean": "accuracy, mean of the classes, %",
 }
 NOT_DRAWN = {"epoch", "step", "seconds", "images_per_second", "knn_20", "knn_10", "knn_seconds"}
-TRAINING = {"train_top1", "rotation"}  # of training images: thin, beside the same figure of validation images
 FROM_ZERO = {"lr", "std", "accuracy"}  # a close-up of a healthy std would look like a drama
 
 # Okabe and Ito's palette without its yellow, which fades on white: told apart by colour-blind readers too.
@@ -165,10 +167,15 @@ def make_panels(runs):
         title = TITLES.get(name, name.replace("_", " "))
         if name.startswith("knn_"):
             title = f"kNN accuracy of {name[4:]}, %"
-        if name == "loss" and len(methods) > 1:
+        if title == "loss" and len(methods) > 1:
             title = f"loss ({method(runs[number])})"
         panels.setdefault(title, []).append((number, name))
     return panels
+
+
+def is_training(name, kinds):
+    """Whether a figure is of training images and its panel, of these `kinds`, has the same of held-out ones."""
+    return name.startswith("train_") or bool(kinds & {f"val_{name}", f"test_{name}"})
 
 
 def time_unit(seconds):
@@ -206,7 +213,7 @@ def draw(runs, labels, against="epochs"):
         peaks, kinds = [], {name for _, name in members}
         for number, name in members:
             x, y = curve(runs[number], name, key)
-            thin = name in TRAINING
+            thin = is_training(name, kinds)
             line, = axes.plot(
                 [value / length for value in x], y, linewidth=0.9 if thin else 1.6, alpha=0.6 if thin else 1.0,
                 color=COLOURS[number % len(COLOURS)], linestyle=STYLES[number % 4] if len(runs) > 3 else "-",
@@ -221,7 +228,8 @@ def draw(runs, labels, against="epochs"):
         if title == "accuracy, %":
             ways = [way for name, way in (("knn", "kNN"), ("top1", "top-1")) if name in kinds]
             title = f"{' or '.join(ways)} accuracy, %"
-        axes.set_title(title + (" (thin: training images)" if kinds & TRAINING else ""), loc="left", fontsize=10)
+        note = " (thin: training images)" if any(is_training(name, kinds) for name in kinds) else ""
+        axes.set_title(title + note, loc="left", fontsize=10)
         axes.margins(x=0.03)
         axes.grid(color="0.9", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)

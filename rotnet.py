@@ -95,6 +95,7 @@ def parse_args(argv=None):
     add("--flip-after-rotation", "ablation: mirror after the rotation, not before; 90 and 270 degrees merge",
         action="store_true")
     args, checkpoint = common.parse_training(parser, argv, "rotnet")
+    common.check_stop(args.stop_at_accuracy, chance=25)
     if args.stop_at_accuracy and args.knn_split == "test":
         parser.error("--stop-at-accuracy: the test split must not choose when to stop; leave --knn-split out")
     return args, checkpoint
@@ -190,10 +191,11 @@ def build_model(args):
 def focal_loss(logits, y, gamma=0.0, alpha=1.0):
     """Cross-entropy over the rotations, or with gamma > 0 the focal loss.
 
-    logits   (M, 4) float, the outputs of F before softmax.  y (M,) int64 in 0..3, the true rotations.
+    logits   (M, K) float, the outputs of F before softmax.  y (M,) int64 in 0..K-1, the true rotations (K = 4),
+             or the classes of linear.py.
     gamma    0: the paper's cross-entropy (times alpha). Above: inputs already known count less.
     alpha    a factor; the same for all rotations, as none is rarer than another.
-    returns  float32 scalar, the mean over M; chance (zero logits) is alpha * (3/4)^gamma * log 4.
+    returns  float32 scalar, the mean over M; chance (zero logits) is alpha * (1 - 1/K)^gamma * log K.
     Source   Gidaris et al. 2018, Eq. 3; Lin et al. 2017, Eq. 5.
     """
     # p_t is the probability of the true rotation: F^y(g(x | y)).
@@ -214,25 +216,27 @@ def percent_right(logits, y):
 
 
 @torch.no_grad()
-def rotation_accuracy(model, split, dataset, device, autocast, batch_size=125):
-    """Rotation accuracy in percent: every image of a split, evaluation view, eval mode, all four rotations.
+def rotation_scores(model, split, dataset, device, autocast, gamma=0.0, alpha=1.0, batch_size=125):
+    """Loss and rotation accuracy: every image of a split, evaluation view, eval mode, all four rotations.
 
     split    data.Split; its labels are not needed. The model is left in the mode it came in.
-    returns  100 * correct / (4 * images), a float; chance is 25.
+    gamma, alpha  of focal_loss().
+    returns  the mean loss, and 100 * correct / (4 * images), floats; chance is 25.
     """
     was_training = model.training
     model.eval()
-    right, total = 0, 0
+    losses, right, total = common.AverageMeter(), 0, 0
     loader = data.Batches(split, batch_size, device, shuffle=False, drop_last=False)
     for images, aspect, _, _ in loader.batches(0):
         x = knn.evaluation_view(images, aspect, dataset.size, dataset.mean, dataset.std)
         x4, y4 = rotation_batch(x)                                             # (4n, 3, S, S), (4n,)
         with autocast():
             logits = model(x4)                                                 # (4n, 4)
+        losses.update(focal_loss(logits, y4, gamma, alpha), len(y4))
         # Counts, not a mean of batch means: the last batch may be short.
         right, total = right + (logits.argmax(dim=1) == y4).sum(), total + len(y4)
     model.train(was_training)
-    return 100.0 * int(right) / total
+    return losses.avg, 100.0 * int(right) / total
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ def main(argv=None):
 
     # Model and optimiser.
     model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
+    lr = args.step_lr or args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
                                 nesterov=True, fused=True)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
@@ -283,10 +287,11 @@ def main(argv=None):
     held_out = getattr(dataset, args.knn_split)  # None where the data has no such split
 
     def turned_right():
-        """{"val_rotation": percent}, of images not trained on; empty where there are none."""
+        """{"val_loss": ..., "val_rotation": percent}, or those of the test split; empty where it has no images."""
         if held_out is None or not common.is_main():
             return {}
-        return {"val_rotation": rotation_accuracy(model, held_out, dataset, device, autocast)}
+        loss, right = rotation_scores(model, held_out, dataset, device, autocast, args.focal_gamma, args.focal_alpha)
+        return {f"{args.knn_split}_loss": loss, f"{args.knn_split}_rotation": right}
 
     chance = args.focal_alpha * 0.75**args.focal_gamma * math.log(4)
     formula = "log(4)" if (args.focal_gamma, args.focal_alpha) == (0, 1) else "alpha (3/4)^gamma log(4)"
@@ -338,8 +343,8 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         row = run.log(epoch=finished, step=step, lr=lr, **held, **scores)
         if row["rotation"] < 26:
-            run.say("  at chance: no rotation is recognised. Lower --lr or raise --warmup-epochs; or these\n"
-                    "  pictures look alike from all sides.")
+            run.say("  at chance: no rotation is recognised. Unless these pictures look alike from all\n"
+                    f"  sides, {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
         run.save(step, scores["knn"], last)
         if stop:
             run.say(f"stopped {held['val_rotation']:.2f} % of validation rotations are right: "

@@ -321,7 +321,7 @@ def main(argv=None):
 
     # Model and optimiser.
     model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = scaled_lr(args.lr, args.batch_size, args.lr_scaling)
+    lr = args.step_lr or scaled_lr(args.lr, args.batch_size, args.lr_scaling)
     kind = LARS if args.optimizer == "lars" else functools.partial(torch.optim.SGD, fused=True)
     optimizer = kind(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
     total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
@@ -373,8 +373,8 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         row = run.log(epoch=finished, step=step, lr=lr, **scores)
         if row["loss"] > chance - 0.01:
-            run.say("  at chance: no output finds its partner. Lower --lr, raise --warmup-epochs,\n"
-                    "  or, if --min-crop is small, raise it.")
+            run.say("  at chance: no output finds its partner. If --min-crop is small, raise it; or\n"
+                    f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
         run.save(step, scores["knn"], last)
     run.finish()
 

@@ -222,7 +222,7 @@ def main(argv=None):
 
     # Model and optimiser.
     model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.lr * args.batch_size / 256
+    lr = args.step_lr or args.lr * args.batch_size / 256
     encoder = [*model.backbone.parameters(), *model.projector.parameters()]
     groups = [{"params": encoder}]
     if not args.no_predictor:
@@ -277,7 +277,7 @@ def main(argv=None):
         row = run.log(epoch=finished, step=step, lr=lr, **scores)
         if row["std"] < 0.5:
             run.say("  collapsing: all images give nearly the same output. Keep stop-gradient and predictor;\n"
-                    "  if they are there, lower --lr, raise --batch-size or --warmup-epochs.")
+                    f"  if they are there, lower --lr (the rate per step is {schedule.lr:.3g}) or raise --batch-size.")
         run.save(step, scores["knn"], last)
     run.finish()
 

@@ -140,6 +140,47 @@ def test_number_refuses_what_is_no_rate(text):
         common.number(float, above=0)(text)
 
 
+@pytest.mark.parametrize("given, filled", [
+    ({}, (100, 10, 0.3)),
+    ({"epochs": 10}, (10, 1, 0.3)),  # a shorter run climbs for a shorter while
+    ({"epochs": 3}, (3, 0.3, 0.3)),  # a round number, as it is printed
+    ({"epochs": 1000}, (1000, 10, 0.3)),
+    ({"epochs": 3, "warmup_epochs": 2.0, "lr": 5.0}, (3, 2, 5)),
+    ({"warmup_epochs": 0.0, "step_lr": 0.1}, (100, 0, None)),  # --lr plays no part then
+])
+def test_what_is_not_given_comes_from_the_recipe(given, filled):
+    args = argparse.Namespace(**dict(epochs=None, warmup_epochs=None, lr=None, step_lr=None) | given)
+    common.fill_flags(args, dict(warmup_epochs=10.0, epochs=100, lr=0.3))
+    assert (args.epochs, args.warmup_epochs, args.lr) == filled
+
+
+@pytest.mark.parametrize("given, hint", [
+    ({}, "lower --lr (the rate per step is 0.6) or raise --warmup-epochs"),
+    ({"epochs": 99}, "lower --lr (the rate per step is 0.6) or train longer"),
+    ({"max_steps": 50}, "lower --lr (the rate per step is 0.6) or train longer"),
+    ({"lr": 0.01}, "change --lr (the rate per step is 0.6) or raise --warmup-epochs"),
+    ({"epochs": 3, "warmup_epochs": 10.0}, "lower --warmup-epochs: 10 of 3 epochs are most of the run"),
+    ({"lr": None, "step_lr": 0.6}, "lower --step-lr (the rate per step is 0.6) or raise --warmup-epochs"),
+    ({"lr": None, "step_lr": 0.5}, "change --step-lr (the rate per step is 0.6) or raise --warmup-epochs"),
+])
+def test_hints_at_chance_fit_the_run(given, hint):
+    args = dict(epochs=100, warmup_epochs=1.0, lr=0.3, step_lr=None, batch_size=512, max_steps=None)
+    assert common.rate_hint(argparse.Namespace(**args | given), dict(epochs=100, lr=0.3), 0.6) == hint
+
+
+@pytest.mark.parametrize("percent, chance, fix", [
+    (0.95, 25, "did you mean 95?"), (0.95, 0.1, "did you mean 95?"), (1, 10, "did you mean 100?"),
+    (25, 25, "take more"), (20, 25, "take more"), (0.2, 25, "take more"), (0.005, 0.1, "take more"),
+    (25.1, 25, None), (95, 10, None), (None, 25, None),
+])
+def test_accuracies_that_stop_a_run_are_percent_above_chance(percent, chance, fix):
+    if fix is None:
+        return common.check_stop(percent, chance)
+    with pytest.raises(common.UsageError) as error:
+        common.check_stop(percent, chance)
+    assert str(error.value).startswith(f"--stop-at-accuracy {percent:g}:") and str(error.value).endswith(fix)
+
+
 def test_clock():
     assert [common.clock(s) for s in (0, 75, 3675)] == ["0:00", "1:15", "1:01:15"]
 
@@ -165,7 +206,7 @@ class Model(torch.nn.Module):
 
 def make_args(folder, **changes):
     args = dict(data="toy", out=str(folder), quiet=True, tensorboard=False, save_every=1, knn_split="val", lr=0.1,
-                batch_size=4, amp="auto", image_size=32, stem="cifar", width=4)
+                batch_size=4, amp="auto", image_size=32, stem="cifar", width=4, epochs=3, warmup_epochs=0.0)
     return argparse.Namespace(**(args | changes))
 
 
@@ -213,6 +254,19 @@ def test_checkpoint_restores_everything(tmp_path):
     assert checkpoint["epoch"] == 1 and checkpoint["classes"] == ["a", "b"]
     theirs = torchvision.models.resnet18().state_dict().keys() - {"fc.weight", "fc.bias"}
     assert checkpoint["backbone"].keys() == theirs - {k for k in theirs if "downsample" in k and "layer1" in k}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({}, ["lr      0.1 per step of 4 images (6.4 per 256)"]),
+    ({"lr": None, "step_lr": 0.1}, ["lr      0.1 per step of 4 images", "step-lr 0.1"]),
+    ({"warmup_epochs": 10.0}, ["note    --warmup-epochs 10 of 3 epochs: ", " 0.3 is usual"]),
+    ({"warmup_epochs": 1.6}, ["note    --warmup-epochs 1.6 of 3 epochs: "]),
+])
+def test_rate_and_warm_up_are_said_at_the_start(tmp_path, changes, words):
+    start_run(make_args(tmp_path, **{"lr": 6.4} | changes))
+    log = (tmp_path / "log.txt").read_text().replace("\n        ", " ")
+    assert all(word in log for word in words)
+    assert ("note" in log) == ("warmup_epochs" in changes) and (" per 256)" in log) == ("step_lr" not in changes)
 
 
 def test_best_is_kept_by_validation_only(tmp_path):

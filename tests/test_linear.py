@@ -314,12 +314,55 @@ def test_validation_chooses_the_weights(pretrained, tmp_path):
     rows = common.read_metrics(tmp_path / "run")
     assert [row["epoch"] for row in rows] == list(range(31)) and rows[0]["loss"] is None
     assert {"epoch", "step", "seconds", "loss", "lr", "images_per_second", "top1", "top5", "class_mean",
-            "train_top1"} == set(rows[1])
+            "train_top1", "val_loss"} == set(rows[1])
     best = max(row["top1"] for row in rows[1:])
     chosen = next(row for row in rows[1:] if row["top1"] == best)
     assert saved["step"] == chosen["step"] < 30
     scores = json.loads((tmp_path / "run/scores.json").read_text())["val"]
     assert scores == {"images": 17, **{k: pytest.approx(chosen[k], abs=1e-5) for k in ("top1", "top5", "class_mean")}}
+
+
+@pytest.mark.parametrize("gamma, alpha", [(0, 1), (2, 0.5)])
+def test_losses_of_training_and_validation_images(pretrained, pictures, tmp_path, gamma, alpha):
+    """By hand, and in double: of the first step, when nothing is known yet, and of validation images after it."""
+    flags = ["--epochs", 1, "--eval-every", 1, "--raw-features", "--focal-gamma", gamma, "--focal-alpha", alpha]
+    saved = go(pretrained, tmp_path / "run", *flags)
+    f, labels = features_by_hand(common.load_checkpoint(pretrained), pictures, "val")
+    weight, bias = (saved["classifier"][name].double() for name in ("weight", "bias"))
+    p = [torch.softmax(weight @ x + bias, dim=0)[label] for x, label in zip(f, labels, strict=True)]
+    expected = sum(-alpha * (1 - q) ** gamma * q.log() for q in p) / len(p)
+    untrained, row = common.read_metrics(tmp_path / "run")
+    assert row["val_loss"] == pytest.approx(expected.item(), rel=1e-3)
+    chance = alpha * (2 / 3) ** gamma * math.log(3)
+    assert row["loss"] == pytest.approx(chance, rel=0.1) and untrained["val_loss"] == pytest.approx(chance, rel=0.1)
+    formula = "alpha (1 - 1/3)^gamma log(3)" if gamma else "log(3)"
+    assert f"loss {formula} = {chance:.3g}, top-1 33.3 %" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_stops_after_the_evaluation_that_reaches_an_accuracy(pretrained, tmp_path, monkeypatch, capsys):
+    flags = ["--epochs", 8, "--eval-every", 2, "--save-every", 8, "--finetune"]
+    whole = go(pretrained, tmp_path / "whole", *flags)
+    scores = iter((20.0, 50.0, 70.0, 80.0))  # of the untrained network; after 2, 4 and 6 epochs
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "accuracies", lambda logits, truth: dict(top1=next(scores, 80.0), top5=0, class_mean=0))
+        saved = go(pretrained, tmp_path / "run", *flags, "--stop-at-accuracy", 70)
+    rows = common.read_metrics(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == [0, 2, 4] and saved["epoch"] == 4
+    assert common.load_checkpoint(tmp_path / "run")["epoch"] == 4 and (tmp_path / "run/scores.json").exists()
+    assert "stopped 70.00 % of validation images are right: --stop-at-accuracy 70" in (
+        tmp_path / "run/log.txt").read_text()
+    linear.main(["--resume", str(tmp_path / "run"), "--stop-at-accuracy", "100", "--quiet"])
+    resumed = common.load_checkpoint(tmp_path / "run")
+    assert resumed["epoch"] == 8 and equal(resumed["model"], common.load_checkpoint(tmp_path / "whole")["model"])
+    assert whole["classes"] == resumed["classes"]
+
+
+def test_a_rate_per_step(pretrained, tmp_path):
+    flags = ["--schedule", "steps", "--epochs", 1, "--max-steps", 1, "--optimizer", "adamw"]  # needs no --lr besides
+    for folder, rate in (("one", ["--step-lr", 0.01]), ("two", ["--lr", 0.01 * 256 / 40])):
+        go(pretrained, tmp_path / folder, *flags, *rate)
+    one, two = (common.load_checkpoint(tmp_path / folder) for folder in ("one", "two"))
+    assert equal(one["model"], two["model"]) and common.read_metrics(tmp_path / "one")[-1]["lr"] == 0.01
 
 
 def test_without_validation_the_last_weights_count(pretrained, pictures, tmp_path, monkeypatch):
@@ -489,8 +532,12 @@ def wrong_uses(tmp_path, pictures, pretrained):
         "layer that would train": ([*run, "--finetune", "--layer", "layer2"], ["--layer", "--probe"]),
         "raw that would train": ([*run, "--from-scratch", "--raw-features"], ["--raw-features", "--probe"]),
         "crops of cached features": ([*run, "--crop", "pad"], ["--crop", "--probe"]),
+        "nothing to stop by": ([*run, "--no-validation", "--test", "--stop-at-accuracy", "90"],
+                               ["--stop-at-accuracy", "--no-validation"]),
+        "a share to stop at": ([*run, "--stop-at-accuracy", "0.95"], ["--stop-at-accuracy 0.95", "33.3", "95?"]),
+        "chance to stop at": ([*run, "--stop-at-accuracy", "33"], ["--stop-at-accuracy 33", "33.3", "take more"]),
         "nothing measured": ([*run, "--no-validation"], ["--no-validation", "--test"]),
-        "rate of another optimiser": ([*run, "--optimizer", "lars"], ["--optimizer lars", "--lr"]),
+        "rate of another optimiser": ([*run, "--optimizer", "lars"], ["--optimizer lars", "--lr", "--step-lr"]),
         "picture of another kind": ([*run, "--confusion", "a.jpg"], ["--confusion", ".png"]),
         "picture nowhere": ([*run, "--confusion", "nowhere/a.png"], ["--confusion", "nowhere"]),
         "no labels asked for": ([*run, "--label-fraction", "0"], ["--label-fraction", "above 0"]),

@@ -84,6 +84,26 @@ def test_pre_training_against_from_scratch(make_run, drawn):
         "loss", "top-1 accuracy, % (thin: training images)", "learning rate", "top-5 accuracy, %"}
 
 
+def test_losses_of_held_out_images_stand_beside_those_of_training_images(make_run, drawn):
+    """The articles' figure: the held-out loss of a transferred run and of one from scratch."""
+    runs = [make_run(way, "linear", way=way, checkpoint="a", rows=[
+        dict(epoch=i, step=i, seconds=60.0 * i, loss=2.0 - i if i else None, val_loss=2.5 - i, top1=10.0)
+        for i in range(3)]) for way in ("finetune", "from-scratch")]
+    turns = make_run("rotnet", "rotnet", rows=[
+        dict(epoch=1, step=1, seconds=60.0, loss=1.0, rotation=30.0, test_loss=1.1, test_rotation=40.0)])
+    figure = drawn(*runs)
+    axes = figure.axes[list(panels(figure)).index("loss (thin: training images)")]
+    thick, thin = ([line for line in axes.lines if (line.get_linewidth() < 1) == thin] for thin in (False, True))
+    assert [list(line.get_ydata()) for line in thick] == [[2.5, 1.5, 0.5]] * 2  # from the untrained network on
+    assert [list(line.get_ydata()) for line in thin] == [[1.0, 0.0]] * 2
+    assert [line.get_linewidth() > 1 for line in figure.legends[0].get_lines()] == [True, True]
+    found = panels(drawn(*runs, turns))
+    assert [y for _, _, y in found["loss (rotnet) (thin: training images)"]] == [[1.1], [1.0]]
+    assert [y for _, _, y in found["rotations named right, % (thin: training images)"]] == [[40.0], [30.0]]
+    assert len(found["loss (linear) (thin: training images)"]) == 4
+    assert "loss" in panels(drawn(make_run("alone")))  # nothing beside it: the title names no kind of images
+
+
 def test_losses_of_other_methods_get_their_own_axis(make_run, drawn):
     found = panels(drawn(make_run("a"), make_run("b", "moco", losses=(5.0, 4.0)), make_run("c", losses=(-0.1, -0.5))))
     assert [y for _, _, y in found["loss (simsiam)"]] == [[-0.2, -0.6], [-0.1, -0.5]]

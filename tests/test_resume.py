@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import resource
 import signal
@@ -94,6 +95,25 @@ def test_ended_at_any_step_and_resumed_is_never_ended(train, monkeypatch, capsys
     for one, two in zip(state("whole"), state("ended"), strict=True):
         assert one == two
     assert [row["epoch"] for row in common.read_metrics("ended")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rate_per_step_holds_until_another_is_given(train, monkeypatch, method):
+    rates, schedule = [], common.LRScheduler
+    monkeypatch.setattr(common, "LRScheduler", lambda parts, lr, *args, **kinds: (
+        rates.append(lr) or schedule(parts, lr, *args, **kinds)))
+    scaling = ["--lr-scaling", "sqrt"] if method == "simclr" else []
+    train(method, "--step-lr", "0.01", *scaling, "--max-steps", "1", "--knn-every", "0", "--out", "runs/one")
+    flags = [*FLAGS, *METHODS[method], "--step-lr", "0.01", *scaling, "--max-steps", "1", "--knn-every", "0",
+             "--data", common.load_checkpoint("runs/one")["args"]["data"]]
+    train(method, *flags, "--resume")  # finds its run
+    train(method, "--resume", "runs/one", "--lr", "0.32", "--max-steps", "2")
+    train(method, "--resume", "runs/one", "--max-steps", "3")
+    train(method, "--resume", "runs/one", "--step-lr", "0.5", "--max-steps", "4")
+    lr = 0.32 * (math.sqrt(8 / 256) if scaling else 8 / 256)
+    assert rates == pytest.approx([0.01, 0.01, lr, lr, 0.5])
+    log = open("runs/one/log.txt").read()
+    assert "lr      0.01 per step of 8 images\n" in log and f"lr      {lr:g} per step of 8 images (0.32 per 256)" in log
 
 
 def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ class CornerReader(torch.nn.Module):
         return torch.where(middle[:, None], -logits, logits)
 
 
-def test_rotation_accuracy_counts_every_image_once():
+def test_rotation_scores_count_every_image_once():
     images = torch.zeros(7, 3, 17, 17, dtype=torch.uint8)
     images[..., 0, 0] = 255
     images[6, :, 8, 8] = 255
@@ -201,7 +202,9 @@ def test_rotation_accuracy_counts_every_image_once():
     autocast, _ = common.pick_precision("off", torch.device("cpu"))
     for training in (True, False):
         model = CornerReader().train(training)
-        score = rotnet.rotation_accuracy(model, split, dataset, "cpu", autocast, batch_size=3)
+        loss, score = rotnet.rotation_scores(model, split, dataset, "cpu", autocast, gamma=2, alpha=0.5, batch_size=3)
+        p = [math.e / (math.e + 3)] * 6 + [math.exp(-1) / (math.exp(-1) + 3)]  # of the true rotation, image by image
+        assert loss == pytest.approx(sum(-0.5 * (1 - q) ** 2 * math.log(q) for q in p) / 7)
         assert score == pytest.approx(100 * 24 / 28)  # batches of 3, 3, 1: their mean would be 66.7
         assert model.seen == 28 and model.modes == {False} and model.training == training
 
@@ -284,11 +287,26 @@ def test_a_step_trains_on_every_rotation(pictures, tmp_path, monkeypatch, flags,
     assert all({"knn", "knn_layer2", "knn_layer3", "val_rotation"} <= row.keys() for row in rows)
 
 
-def test_stopped_at_an_accuracy_then_resumed_equals_never_stopped(pictures, tmp_path):
+def test_held_out_figures_bear_the_name_of_their_split(pictures, tmp_path):
+    for i in range(2):
+        (tmp_path / "zoo/test").mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / f"val/{'ab'[i]}/{i}.png", tmp_path / "zoo/test")
+    shutil.copytree(pictures / "train", tmp_path / "zoo/train")
+    for root, split in ((pictures, "val"), (tmp_path / "zoo", "test")):
+        rows, _ = train(root, tmp_path / split, "--epochs", "1", "--knn-split", split)
+        for row in rows:
+            held = {name for name in row if name.endswith(("_rotation", "_loss"))}
+            assert held == {f"{split}_rotation", f"{split}_loss"}
+        assert rows[0][f"{split}_loss"] == pytest.approx(math.log(4), abs=0.7)
+
+
+def test_stopped_at_an_accuracy_then_resumed_equals_never_stopped(pictures, tmp_path, monkeypatch):
     rows, whole = train(pictures, tmp_path / "whole", "--epochs", "3")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
-    rows, stopped = train(pictures, tmp_path / "run", "--epochs", "3", "--knn-every", "5", "--save-every", "5",
-                          "--stop-at-accuracy", "0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(rotnet, "rotation_scores", lambda *args: (1.0, 30.0))
+        rows, stopped = train(pictures, tmp_path / "run", "--epochs", "3", "--knn-every", "5", "--save-every", "5",
+                              "--stop-at-accuracy", "30")
     assert [row["epoch"] for row in rows] == [0, 1] and stopped["step"] == 1
     assert rows[1]["knn"] is not None  # the last epoch is evaluated, --knn-every or not
     assert "stopped" in (tmp_path / "run/log.txt").read_text()

@@ -345,7 +345,7 @@ def test_a_run_takes_one_forward_a_step_and_the_schedule_counts_steps(toy, monke
         assert len(x) == 32 and not torch.equal(x[:16], x[16:])
     assert rows[-1]["lr"] == pytest.approx(rates[-1], abs=1e-6) and rows[-1]["step"] == 20
     log = (toy.folder / "schedule/log.txt").read_text()
-    assert "log(2N - 1) = 3.43" in log and "0.3 a step of 16 images" in log
+    assert "log(2N - 1) = 3.43" in log and "0.3 per step of 16 images" in log
 
 
 def test_a_resumed_run_keeps_its_optimizer(toy, capsys):
