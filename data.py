@@ -46,7 +46,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from common import NAMED_DATA, Progress, UsageError, changed_images, printable, write_atomically
 from toy import TOY_CLASSES, TOY_COUNT, TOY_VERSION, draw_toy
@@ -354,8 +354,7 @@ def open_folder(path, holdout, name=None, rename=None):
     left_out(top, [file for items in found.values() for file, _ in items], foreign, notes)
     useless = [file for file in others if file not in {*foreign, os.path.join(folder.path, "classes.txt")}]
     if useless:
-        plural = "file that is no image" if len(useless) == 1 else "files that are no images"
-        notes.append(("ignored", f"{len(useless):,} {plural}, such as {os.path.basename(useless[0])}"))
+        notes.append(("ignored", no_images(useless)))
     name = name or re.sub(r"[^\w.-]+", "-", os.path.basename(path)).strip("-.") or "images"
     return from_files(name[:40], folder.path, found, f"{path}: {shape}", holdout, notes, "food-11" in shape)
 
@@ -374,6 +373,11 @@ def left_out(top, used, foreign, notes):
     if len(unplaced) + len(foreign) > len(used):
         raise UsageError(f"--data {top.path}: most pictures would be left out, {'; '.join(reasons)}; {SHAPES}")
     notes += [("left out", reason) for reason in reasons]
+
+
+def no_images(files):
+    plural = "file that is no image" if len(files) == 1 else "files that are no images"
+    return printable(f"{len(files):,} {plural}, such as {os.path.basename(files[0])}")
 
 
 def some(words):
@@ -588,6 +592,7 @@ def image_formats():
     """What Pillow decodes by itself, the usual formats first. EPS would start another program, Ghostscript."""
     Image.preinit()
     Image.init()
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a picture's long text is no reason to refuse it
     return [name for name in Image.ID if name not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}]
 
 
@@ -760,6 +765,12 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
             final = cache / f"{source.name}-{split}-{size}-{store_key(items, size)}"
             packed[split] = pack_split(final, split, items, size, quiet, workers)
     report_unreadable(packed, source, cache, skip_unreadable, quiet)
+    for split, part in packed.items():
+        if part is not None and not quiet:
+            brightest = part.images[:: max(1, len(part) // 100)].flatten(1).amax(dim=1)  # of about a hundred
+            if (brightest <= 16).float().mean() > 0.5:
+                print(f"note: most {split} pictures are nearly black, at most 16 of 255; if they are deep ones that "
+                      "fill\nfew of their bits, scale them first", flush=True)
     return Dataset(packed["train"], packed["val"], packed["test"], source.classes, source.mean, source.std,
                    size, source.name, source.kind)
 
@@ -1133,20 +1144,34 @@ def to_grey8(image):
     """Deep grey -> 8 bits, scaled. (`convert("L")` alone clips: all above 255 turns white.)
 
     16-bit integers are divided by 257, floats from 0 to 1 multiplied by 255; what lies outside such a
-    range (32-bit scans, heights) is stretched from its own minimum to its maximum.
+    range (32-bit scans, heights) is stretched from its own minimum to its maximum. Where the file states
+    fewer bits, 12 say, and all is within them, 4095 is white.
     """
     image.info.pop("transparency", None)
-    whole = image.mode.startswith("I")
-    low, high = 0, 65535 if whole else 1
+    bits = significant_bits(image) if image.mode.startswith("I") else 0
+    low, high = 0, 65535 if bits else 1
     image = image.convert("F")
     darkest, brightest = image.getextrema()
     if not math.isfinite(brightest - darkest):
         raise ValueError("infinite or undefined brightness")
+    if 8 <= bits < 16 and brightest < 2**bits:
+        high = 2**bits - 1
     if darkest < low or brightest > high:
         low, high = darkest, brightest
     scale = 255 / max(high - low, 1e-12)
     image = image.point(lambda v: v * scale + (0.5 - low * scale))  # + 0.5: `convert` cuts off
     return image.convert("L")
+
+
+def significant_bits(image):
+    """How many of a deep grey picture's bits its file says to have a meaning: PNG's sBIT, TIFF's BitsPerSample."""
+    if image.format == "TIFF":
+        return image.tag_v2.get(258, (16,))[0]
+    stated = None
+    if image.format == "PNG":
+        with open(image.filename, "rb") as file:  # Pillow skips this chunk, which comes before the pixels
+            stated = re.search(rb"\0\0\0\x01sBIT(.)", file.read(2**16).partition(b"IDAT")[0], re.DOTALL)
+    return stated[1][0] if stated else 16
 
 
 # ------------------------------------------------------------------------------------------------

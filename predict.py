@@ -83,7 +83,7 @@ def list_files(arguments):
     if not files:
         raise common.UsageError(f"{', '.join(arguments)}: no images found there")
     if others:
-        print(f"passed over: {len(others):,} files that are no images, such as {data.printable(others[0])}")
+        print(f"passed over: {data.no_images(others)}")
     return files
 
 

@@ -2,14 +2,16 @@
 
 import io
 import os
+import struct
 import threading
 import unicodedata
 import warnings
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import data
 from common import UsageError
@@ -349,6 +351,42 @@ def test_palette_transparency_cmyk_jpeg_and_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert pixel(tmp_path / "a.gif")[0] == [255, 0, 0]
+
+
+def with_bits(path, bits):
+    """States in a PNG how many bits of its pixels have a meaning."""
+    body = b"sBIT" + bytes([bits])
+    content = path.read_bytes()
+    chunk = struct.pack(">I", 1) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(content[:33] + chunk + content[33:])  # behind the header
+
+
+def test_deep_grey_of_fewer_bits_than_its_file_has(tmp_path, capsys):
+    for bits, value, wanted in ((12, 4095, 255), (12, 2048, 128), (10, 1023, 255), (12, 40000, 156), (16, 4095, 16)):
+        with_bits(picture(tmp_path / "x.png", value, mode="I;16"), bits)
+        assert abs(pixel(tmp_path / "x.png")[0][0] - wanted) <= 1
+    tags = struct.pack("<HHHII", 8, 256, 4, 1, 8) + b"".join(  # of 8 x 1 pixels of 12 bits, all 2048
+        struct.pack("<HHII", *tag) for tag in ((257, 4, 1, 1), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1),
+                                               (273, 4, 1, 110), (278, 4, 1, 1), (279, 4, 1, 12))) + bytes(4)
+    (tmp_path / "x.tif").write_bytes(b"II*\0\x08\0\0\0" + tags + b"\x80\x08\x00" * 4)
+    assert abs(pixel(tmp_path / "x.tif")[0][0] - 128) <= 1
+    for i in range(4):
+        picture(tmp_path / f"dark/{i}.png", 4000, mode="I;16")
+        picture(tmp_path / f"light/{i}.png", 40000, mode="I;16")
+    for name in ("dark", "light"):
+        for _ in range(2):  # packed, and found again
+            data.pack(data.open_source(tmp_path / name), 8, tmp_path / "c")
+            assert ("most train pictures are nearly black" in capsys.readouterr().out) == (name == "dark")
+
+
+def test_a_long_text_in_a_png_is_no_bomb(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("k", "x" * (2 << 20), zip=True)
+    assert pixel(picture(tmp_path / "x.png", pnginfo=text))[0] == [200, 40, 90]
+    text = PngImagePlugin.PngInfo()
+    text.add_text("k", "x" * (65 << 20), zip=True)
+    with pytest.raises(ValueError):
+        data.decode(picture(tmp_path / "y.png", pnginfo=text), 8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -227,6 +227,20 @@ def test_folders_are_walked_in_natural_order(ask, tmp_path):
     assert all(row["class"] for row in rows)  # named by hand, a file is tried whatever its ending
 
 
+def test_every_picture_of_a_folder_has_its_line_whatever_its_name(tmp_path, ask, capsys):
+    write_checkpoint(tmp_path / "run/linear.pt")
+    for name in ("no ending", "photo.jpg?w=300"):
+        os.rename(draw(tmp_path / "x/a.png", 3), tmp_path / "x" / name)
+    draw(tmp_path / "x/a.png", 5)
+    (tmp_path / "x/phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "x/notes.txt").write_text("no picture")
+    assert predict.main(["--checkpoint", "run", "x", "--json", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    rows = {os.path.basename(row["file"]): row.get("error") for row in json.loads(out)}
+    assert rows == {"a.png": None, "no ending": None, "photo.jpg?w=300": None, "phone.heic": "no image"}
+    assert "passed over: 1 file that is no image, such as notes.txt" in err
+
+
 def test_unreadable_files_have_their_lines_and_stop_nothing(ask, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "linear.pt")
     good = [str(draw(tmp_path / f"{i}.png", i).name) for i in range(9)]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 
 import pytest
@@ -149,6 +150,41 @@ def test_minutes_between_checkpoints(train, monkeypatch):
     saved.clear()
     train("simsiam", "--save-every", "100min", "--knn-every", "0", "--out", "b")
     assert saved == [12]  # the end
+
+
+def test_a_run_whose_images_changed_is_not_resumed_and_its_evaluation_says_so(train, pictures, tmp_path, capsys):
+    import knn
+    import linear
+    shutil.copytree(pictures, "mine", ignore=shutil.ignore_patterns(".*"))
+    train("simsiam", "--data", "mine", "--out", "run", "--epochs", "1")
+    linear.main("--checkpoint run --out probe --epochs 1 --quiet --device cpu".split())
+    os.rename("mine", "moved")
+    os.rename("moved", "mine")
+    shutil.copy("mine/class0/0.png", "mine/class0/40.png")
+    capsys.readouterr()
+    for program in ("simsiam", "linear"):
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(program).main(["--resume", {"simsiam": "run", "linear": "probe"}[program],
+                                                   "--epochs", "2"])
+        assert end.value.code == 2
+        assert "not those of the run any more (train: 36 then, 37 now)" in capsys.readouterr().err
+    knn.main(["--checkpoint", "run", "--k", "5", "--device", "cpu"])
+    linear.main("--checkpoint run --out other --epochs 1 --device cpu".split())
+    assert capsys.readouterr().out.count("changed     images since this run was trained: train: 36 then, 37 now") == 2
+    os.remove("mine/class0/40.png")
+    train("simsiam", "--resume", "run", "--epochs", "2")
+    assert [row["epoch"] for row in common.read_metrics("run")] == [0, 1, 2]
+    knn.main(["--checkpoint", "run", "--k", "5", "--device", "cpu"])
+    assert "changed" not in capsys.readouterr().out
+    # A run of before, which does not know its images: the epochs tell.
+    old = torch.load("run/last.pt", weights_only=True)
+    del old["args"]["contents"]
+    torch.save(old, "run/last.pt")
+    for i in range(40, 50):
+        shutil.copy("mine/class0/0.png", f"mine/class0/{i}.png")
+    with pytest.raises(SystemExit):
+        train("simsiam", "--resume", "run", "--epochs", "3")
+    assert "an epoch has 5 steps now, so step 8 is not in epoch 3 any more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -39,6 +39,10 @@ def place(tmp_path_factory):
             picture(place / "twice" / split / "a" / f"{i}.jpg", rng)
         picture(place / "newclass" / "train" / "a" / f"{i}.jpg", rng)
         picture(place / "newclass" / "val" / "b" / f"{i}.jpg", rng)
+        picture(place / "mostlyloose" / f"{i}.jpg", rng)
+        picture(place / "mostlyloose" / "old" / f"{i % 3}.jpg", rng)
+        picture(place / "notrain" / "cat" / f"{i}.jpg", rng)
+        picture(place / "notrain" / "val" / "cat" / f"{i}.jpg", rng)
     (place / "empty").mkdir()
     shutil.copytree(place / "few", place / "dirty")
     (place / "dirty" / "class0" / "text.jpg").write_text("this is no picture")
@@ -70,6 +74,8 @@ CASES = [
     ("simsiam", "--data onlyval", "onlyval train"),
     ("simsiam", "--data twice", "val valid"),
     ("simsiam", "--data newclass", "b"),
+    ("simsiam", "--data mostlyloose", "mostlyloose 8 pictures"),
+    ("simsiam", "--data notrain", "notrain train val understood"),
     ("simsiam", "--data dirty --batch-size 4", "text.jpg --skip-unreadable"),
     ("simsiam", "--data few --batch-size 7", "--batch-size 7 6"),
     ("moco", "--data few --batch-size 64", "--batch-size 64 6"),
@@ -165,7 +171,7 @@ CASES = [
     ("linear", "--checkpoint simsiam --layer layer5", "--layer"),
     ("linear", "--checkpoint simsiam --finetune --layer layer2", "--layer --cached"),
     ("linear", "--checkpoint simsiam --no-validation", "--no-validation --test"),
-    ("linear", "--checkpoint simsiam --test", "test"),
+    ("linear", "--checkpoint simsiam --test", "test honest validation"),
     ("linear", "--checkpoint simsiam --optimizer lars", "--optimizer --lr"),
     ("linear", "--checkpoint simsiam --stop-at-accuracy 0.95", "--stop-at-accuracy 0.95 50 95?"),
     ("linear", "--checkpoint simsiam --stop-at-accuracy 50", "--stop-at-accuracy 50 more"),
