@@ -550,7 +550,7 @@ def fill_flags(args, recipe):
     for name, value in recipe.items():
         if name == "warmup_epochs":  # a run of fewer epochs than the table's warms up for a shorter while
             value = round(value * min(1, (args.epochs or recipe["epochs"]) / recipe["epochs"]), 3)
-        if getattr(args, name) is None and not (name == "lr" and args.step_lr):
+        if getattr(args, name) is None and not (name in ("lr", "lr_scaling") and args.step_lr):
             setattr(args, name, value)
 
 
@@ -600,7 +600,7 @@ def check_stop(percent, chance):
     low = max(1, chance)
     if percent is not None and percent <= low:
         fix = f"did you mean {100 * percent:g}?" if low < 100 * percent <= 100 else "take more"
-        raise UsageError(f"--stop-at-accuracy {percent:g}: in percent, of which chance alone gives {chance:.3g}; {fix}")
+        raise UsageError(f"--stop-at-accuracy {percent:g}: in percent, and chance alone reaches {chance:.3g}; {fix}")
 
 
 def holdout(args):

@@ -146,12 +146,12 @@ def test_number_refuses_what_is_no_rate(text):
     ({"epochs": 3}, (3, 0.3, 0.3)),  # a round number, as it is printed
     ({"epochs": 1000}, (1000, 10, 0.3)),
     ({"epochs": 3, "warmup_epochs": 2.0, "lr": 5.0}, (3, 2, 5)),
-    ({"warmup_epochs": 0.0, "step_lr": 0.1}, (100, 0, None)),  # --lr plays no part then
+    ({"warmup_epochs": 0.0, "step_lr": 0.1}, (100, 0, None)),  # --lr plays no part then, nor does its scaling
 ])
 def test_what_is_not_given_comes_from_the_recipe(given, filled):
-    args = argparse.Namespace(**dict(epochs=None, warmup_epochs=None, lr=None, step_lr=None) | given)
-    common.fill_flags(args, dict(warmup_epochs=10.0, epochs=100, lr=0.3))
-    assert (args.epochs, args.warmup_epochs, args.lr) == filled
+    args = argparse.Namespace(**dict(epochs=None, warmup_epochs=None, lr=None, step_lr=None, lr_scaling=None) | given)
+    common.fill_flags(args, dict(warmup_epochs=10.0, epochs=100, lr=0.3, lr_scaling="sqrt"))
+    assert (args.epochs, args.warmup_epochs, args.lr) == filled and (args.lr_scaling is None) == (args.lr is None)
 
 
 @pytest.mark.parametrize("given, hint", [
