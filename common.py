@@ -291,6 +291,14 @@ NEWEST = "newest"  # --resume without a folder
 # What --data understands besides folders.
 NAMED_DATA = ("toy", "cifar10", "cifar100", "stl10", "imagenette", "food101")
 
+# Kind of data -> what a network without a run takes: the same as in the methods' recipes.
+SHAPES = {
+    "toy": dict(image_size=32, stem="cifar", width=16),
+    "cifar": dict(image_size=32, stem="cifar", width=64),
+    "stl10": dict(image_size=96, stem="imagenet", width=64),
+    "photos": dict(image_size=128, stem="imagenet", width=64),
+}
+
 
 def printable(text):
     """One line for any terminal: line breaks, control characters and undecodable bytes of a file's name, escaped."""
@@ -380,11 +388,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.recipes = recipes or {"": {}}
 
-    def flag(self, flag, meaning, group=None, **kind):
+    def flag(self, flag, meaning, recipes=None, group=None, **kind):
         """add_argument(flag, ...) whose help also says what each kind of data takes by default."""
-        name = flag[2:].replace("-", "_")
-        if all(name in recipe for recipe in self.recipes.values()):
-            meaning += f" (default: {', '.join(f'{kind} {r[name]}' for kind, r in self.recipes.items())})"
+        name, recipes = flag[2:].replace("-", "_"), recipes or self.recipes
+        if all(name in recipe for recipe in recipes.values()):
+            meaning += f" (default: {', '.join(f'{kind} {r[name]}' for kind, r in recipes.items())})"
         (group or self).add_argument(flag, help=meaning, **kind)
 
     def error(self, message):  # argparse prints the whole usage first
@@ -468,6 +476,8 @@ def training_parser(doc, recipes, without=()):
     add("--device", "auto (cuda, mps, cpu), or one of them, or cuda:1", default="auto")
     add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
     add("--compile", "torch.compile: a minute or more at first, faster steps after", action="store_true")
+    add("--init", "weights that the backbone starts from, then with their stem and width: a run, or a file of a "
+        "ResNet-18 with torchvision's names", metavar="FILE", type=os.path.abspath)
     add("--out", "folder of the run (default: runs/<method>-<data>-<time>)")
     add("--resume", "folder or checkpoint of a run to go on with; its flags hold unless given anew; without "
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
@@ -515,6 +525,8 @@ def parse_training(parser, argv, method, fixed=()):
     if args.resume is None:
         if args.out and (Path(args.out) / "last.pt").exists():
             parser.error(f"--out {args.out}: holds a run already; --resume it, or name another folder")
+        if getattr(args, "init", None):
+            take_shape(args, load_weights(args.init), "--init")
         return args, None
     checkpoint = load_checkpoint(args.resume, method)
     saved, folder = dict(checkpoint["args"]), checkpoint_path(args.resume).parent
@@ -525,7 +537,7 @@ def parse_training(parser, argv, method, fixed=()):
     if given and os.path.abspath(given) != os.path.abspath(folder):
         parser.error(f"--out {given}: a resumed run goes on in its own folder, {folder}")
     args.out, args.resume = str(folder), str(folder)
-    for name in ("data", "image_size", "stem", "width", "batch_size", "knn_split", *fixed):
+    for name in ("data", "image_size", "stem", "width", "batch_size", "knn_split", "init", *fixed):
         if getattr(args, name, None) != saved.get(name):
             flag = name.replace("_", "-")
             parser.error(f"--{flag}: the run to resume has {saved.get(name)}, which cannot change")
@@ -977,7 +989,14 @@ class Run:
         if self.first is not None and score is not None:
             self.say(f"{self.title:8}{self.first:.2f} % untrained, {score:.2f} % "
                      f"{'at best' if self.args.knn_split == 'val' else 'at the end, test split'}")
-        self.say(f"next    {next_command or f'python linear.py --checkpoint {self.folder}'}")
+        self.say(f"next    {next_command or f'python {self._what_works()}'}")
+
+    def _what_works(self):
+        dataset = self.parts[3]
+        splits = dataset.train, getattr(dataset, self.args.knn_split)
+        if len(dataset.classes) > 1 and all(split is not None and bool((split.labels >= 0).any()) for split in splits):
+            return f"linear.py --checkpoint {self.folder}"
+        return f"knn.py --checkpoint {self.folder} --neighbours neighbours.png"  # needs no labels
 
 
 def tensorboard_writer():
@@ -1078,11 +1097,11 @@ def checkpoint_path(path):
     return path / "last.pt" if path.is_dir() else path
 
 
-def load_checkpoint(path, method=None):
-    """Read a checkpoint of ours, on the CPU, without running any code it may contain.
+def read_tensors(path):
+    """Read what torch.save wrote, on the CPU, without running any code it may contain: (the file, its content).
 
-    path     a file or a run folder.  method: refuse those of another method; None takes any.
-    raises   UsageError where it is missing, damaged, not ours, or of another method.
+    path     a file or a run folder.
+    raises   UsageError where it is missing, damaged, or holds more than tensors and plain values.
     """
     file = checkpoint_path(path)
     if not file.exists():
@@ -1090,17 +1109,33 @@ def load_checkpoint(path, method=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on odd pickles; the line below says it all
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is not what it should be
         reason = "it is not a readable checkpoint"
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it holds more than tensors and plain values, which could run code"
+            reason = "it holds more than tensors and plain values, which could run code; save a state_dict() alone"
         if isinstance(error, PermissionError):
             reason = "permission denied"
         raise UsageError(f"{file}: refused, {reason}") from None
-    wanted = ("method", "model", "backbone", "args", "classes", "mean", "std", "image_size", "stem", "width")
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in wanted):
-        raise UsageError(f"{file}: not a checkpoint of this project, or only its weights")
+    return file, content
+
+
+def is_ours(content):
+    """Whether a file's content is a checkpoint_state."""
+    wanted = {"method", "model", "backbone", "args", "classes", "mean", "std", "image_size", "stem", "width"}
+    return isinstance(content, dict) and wanted <= content.keys()
+
+
+def load_checkpoint(path, method=None):
+    """Read a checkpoint of ours.
+
+    path     a file or a run folder.  method: refuse those of another method; None takes any.
+    raises   UsageError where it is missing, damaged, not ours, or of another method.
+    """
+    file, checkpoint = read_tensors(path)
+    if not is_ours(checkpoint):
+        raise UsageError(f"{file}: not a checkpoint of this project; for weights alone, knn.py and linear.py have "
+                         "--weights, the methods --init")
     if checkpoint.get("version") != VERSION:
         raise UsageError(f"{file}: form {checkpoint.get('version')} of checkpoints; this program reads form {VERSION}")
     if method is not None and checkpoint["method"] != method:
@@ -1124,6 +1159,100 @@ def restore(checkpoint, model, optimizer, scaler):
     if torch.cuda.is_available() and len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
     return checkpoint["step"]
+
+
+def named_tensors(value, name=""):
+    """Yields (dotted name, tensor) for all tensors in nested dictionaries, in their order."""
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
+
+
+def load_weights(path):
+    """The first ResNet-18 in a file, whoever wrote it.
+
+    path     a file whose tensors bear torchvision's names, or the numbers that Sequential(*list(net.children())[:-1])
+             gives; with anything before them, and with anything else in the file. Or a run of ours.
+    returns  {"backbone", "stem", "width"} as in a checkpoint, and "note": a line about what was found and left out.
+    raises   UsageError where it is missing, damaged, or has no ResNet-18.
+    """
+    file, content = read_tensors(path)
+    tensors = dict(named_tensors(content["backbone"] if is_ours(content) else content))
+    # What stands before the name of the first block stands before all names of the network.
+    blocks = (re.fullmatch(r"((?:.+\.)?)(layer1|\d+)\.0\.conv1\.weight", name) for name in tensors)
+    prefix, layer1 = next((block.groups() for block in blocks if block), (None, None))
+    if prefix is None:
+        raise UsageError(f"{file}: no ResNet-18 in it: no tensor is called layer1.0.conv1.weight, as in torchvision, "
+                         "or 4.0.conv1.weight, as in a Sequential of its children")
+    parts = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
+    numbers = sorted(filter(str.isdigit, numbers), key=int)  # of the children that have weights
+    part_of = dict(zip(parts if layer1 == "layer1" else numbers, parts, strict=False))
+    found, left = {}, {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and part in part_of:
+            found[f"{part_of[part]}.{rest}"] = tensor
+        else:  # up to the first word that is not the prefix's
+            words = name.split(".")
+            left[".".join(words[: len(os.path.commonprefix([words, prefix.split(".")])) + 1])] = True
+
+    kernel = tuple(found["conv1.weight"].shape) if "conv1.weight" in found else ()
+    stem = {(3, 7, 7): "imagenet", (3, 3, 3): "cifar"}.get(kernel[1:])
+    if stem is None:
+        raise UsageError(f"{file}: conv1.weight is {kernel or 'missing'}; ResNet-18 has (64, 3, 7, 7), for small "
+                         "pictures (64, 3, 3, 3)")
+    net = ResNet18(stem=stem, width=kernel[0])
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    faults = [f"{name} is missing" for name in shapes
+              if name not in found and not name.endswith("num_batches_tracked")]  # old files have none
+    faults += [f"{name} is {tuple(tensor.shape)}, not {shapes[name]}" if name in shapes else f"{name} is one too many"
+               for name, tensor in found.items() if tuple(tensor.shape) != shapes.get(name)]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise UsageError(f"{file}: no ResNet-18 of width {kernel[0]}: {faults[0]}{more}")
+    net.load_state_dict(found)
+    note = f"{file}: ResNet-18, stem {stem}, width {kernel[0]}" + (f", from {prefix}*" if prefix else "")
+    note += f"; left out: {', '.join(list(left)[:6])}{', ...' if len(left) > 6 else ''}" if left else ""
+    return {"backbone": net.state_dict(), "stem": stem, "width": kernel[0],
+            "note": textwrap.fill(printable(f"weights {note}"), 79, subsequent_indent=" " * 8, break_long_words=False,
+                                  break_on_hyphens=False)}
+
+
+def initialised(backbone, args):
+    """The same backbone, a ResNet18; with --init it has those weights now. A resumed run has left them behind."""
+    if getattr(args, "init", None) and not args.resume:
+        weights = load_weights(args.init)
+        backbone.load_state_dict(weights["backbone"])
+        if is_main() and not args.quiet:
+            print(weights["note"])
+    return backbone
+
+
+def load_pretrained(args):
+    """The checkpoint that --checkpoint names; without it one of the same form, with the weights of --weights if given.
+
+    There None stands for what no run tells: the data say it (see SHAPES).
+    """
+    if args.checkpoint:
+        return load_checkpoint(args.checkpoint)
+    saved = dict(data="toy", data_root=os.path.abspath("data"), cache=None, skip_unreadable=False, knn_split="val")
+    unknown = dict.fromkeys(("method", "image_size", "stem", "width", "mean", "std", "note"))
+    return {**unknown, "args": saved, **(load_weights(args.weights) if args.weights else {})}
+
+
+def take_shape(args, pretrained, origin):
+    """Give image size, stem and width their values from what a checkpoint or a file of weights says about them.
+
+    origin   the flag that named it.  raises  UsageError where another value was given.
+    """
+    for name in ("image_size", "stem", "width"):
+        given, has = getattr(args, name), pretrained.get(name)
+        if given is not None and has not in (None, given):
+            raise UsageError(f"--{name.replace('_', '-')} {given}: the network of {origin} has {has}; leave it out")
+        setattr(args, name, given or has)
 
 
 def load_backbone(checkpoint, device="cpu"):

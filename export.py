@@ -99,6 +99,8 @@ def main(argv=None):
         head = len(checkpoint["classes"]) if classified else 0
         print("\n# With timm the first two lines are\n# import torch, timm\n"
               f'# net = timm.create_model("resnet18", num_classes={head})')
+        print("\n# As a Sequential without classifier, once net is loaded: (N, 512, 1, 1)\n"
+              "# encoder = torch.nn.Sequential(*list(net.children())[:-1])")
 
 
 if __name__ == "__main__":

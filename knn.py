@@ -183,10 +183,16 @@ class Monitor:
 def parse_args(argv):
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run folder or one of its .pt files")
-    add("--data", help="other pictures than those of the run, of any form that the methods take")
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--checkpoint", help="a run folder or one of its .pt files")
+    network.add_argument("--weights", metavar="FILE", help="instead of a run, the weights alone: a file of a ResNet-18 "
+                         "with torchvision's names")
+    parser.flag("--image-size", "side of the pictures, with --weights", common.SHAPES, type=common.number(int, low=8))
+    add("--data", help="other pictures than those of the run, of any form that the methods take; with --weights toy, "
+        "unless given")
     add("--data-root", help="where a named data set lies (default: that of the run)")
     add("--cache", help="folder for packed pictures (default: that of the run)")
+    add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
     add("--split", choices=("val", "test"), default="val", help="which images are the queries")
     add("--k", type=common.number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
     # Votes are exp(similarity / temperature): below 0.02 they would leave the range of float32.
@@ -200,26 +206,35 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.projector and args.layer != "layer4":
         parser.error("--projector stands behind layer4: leave --layer out")
+    if args.weights and args.projector:
+        parser.error("--projector: of --weights the backbone alone is taken")
+    if args.checkpoint and args.image_size:
+        parser.error("--image-size: of --weights alone; the network of --checkpoint has its own")
     return args
 
 
 def open_data(args, checkpoint, splits):
-    """The data set of a checkpoint, or the one that --data names, packed at the checkpoint's image size."""
+    """The data set of a checkpoint, or the one that --data names, packed at the checkpoint's image size.
+
+    Where the checkpoint does not know it, --image-size or the kind of the data says it; the data, mean and std.
+    """
     saved = checkpoint["args"]
     holdout = 0.0 if saved["knn_split"] == "test" else 0.1
     source = data.open_source(args.data or saved["data"], args.data_root or saved["data_root"],
                               holdout=holdout)
     data.note_changes(source, args.data, saved, splits)
-    dataset = data.pack(source, checkpoint["image_size"], args.cache or saved["cache"], splits=splits,
+    size = checkpoint["image_size"] or args.image_size or common.SHAPES[source.kind]["image_size"]
+    dataset = data.pack(source, size, args.cache or saved["cache"], splits=splits,
                         skip_unreadable=saved["skip_unreadable"])
-    dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]  # what the network was trained with
+    if checkpoint["mean"]:
+        dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]  # what the network was trained with
     return source, dataset
 
 
 def projector_network(checkpoint, device):
     """x -> {"projector": (N, D)}, rebuilt by the method's own file."""
-    method = importlib.import_module(checkpoint["method"])
-    model = method.build_model(argparse.Namespace(**checkpoint["args"]))
+    build_model = getattr(importlib.import_module(checkpoint["method"]), "build_model", None)  # not in linear.py
+    model = build_model and build_model(argparse.Namespace(**checkpoint["args"] | {"init": None}))
     if not hasattr(model, "projector"):
         raise common.UsageError(f"--projector: a {checkpoint['method']} model has none")
     model.load_state_dict(checkpoint["model"])
@@ -256,28 +271,32 @@ def class_table(predicted, truth, classes):
 def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, columns=8):
     """PNG: each row a query, then its nearest training images, framed green (of the query's label) or red.
 
+    Where one of the two has no label the frame is grey. Queries that are the bank itself do not find themselves.
     Pictures are shown as the network sees them, their central square; small ones enlarged.
     raises  UsageError where it cannot be written.
     """
+    inside = queries is bank
     pick = torch.linspace(0, len(queries.labels) - 1, min(rows, len(queries.labels))).long()
     chosen = query_features[pick.to(query_features.device)]
-    _, near = nearest(chosen, bank_features, min(columns, len(bank.labels)))
+    _, near = nearest(chosen, bank_features, min(columns + inside, len(bank.labels)))
     size = queries.images.shape[-1]
     tiles = []
-    for query, row in zip(pick.tolist(), near.cpu(), strict=True):
-        for number, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row.tolist()]):
+    for query, row in zip(pick.tolist(), near.tolist(), strict=True):
+        row = [i for i in row if not inside or i != query][:columns]
+        for number, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row]):
             one = slice(index, index + 1)
             tile = evaluation_view(split.images[one], split.aspect[one], size, (0.0,) * 3, (1.0,) * 3)
             tile = F.interpolate(tile, scale_factor=max(1, 96 // size))
-            same = bank.labels[index] == queries.labels[query] if number else None
-            colour = (0.5, 0.5, 0.5) if same is None else (0.1, 0.7, 0.2) if same else (0.85, 0.1, 0.1)
+            mine, theirs = queries.labels[query], bank.labels[index] if number else -1
+            colour = (0.1, 0.7, 0.2) if mine == theirs else (0.85, 0.1, 0.1)
+            colour = (0.5, 0.5, 0.5) if min(mine, theirs) < 0 else colour
             frame = torch.tensor(colour).view(1, 3, 1, 1)
             side = tile.shape[-1] + 6
             framed = frame.expand(1, 3, side, side).clone()
             framed[:, :, 3:-3, 3:-3] = tile
             tiles.append(framed[0])
     try:
-        save_image(make_grid(torch.stack(tiles), nrow=1 + near.shape[1], padding=2, pad_value=1.0), path)
+        save_image(make_grid(torch.stack(tiles), nrow=1 + len(row), padding=2, pad_value=1.0), path)
     except (OSError, ValueError) as error:
         raise common.UsageError(f"--neighbours {path}: cannot write the picture: {error}") from None
 
@@ -285,40 +304,53 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, 
 @common.command
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint = common.load_checkpoint(args.checkpoint)
+    checkpoint = common.load_pretrained(args)
+    checkpoint["args"]["skip_unreadable"] |= args.skip_unreadable
     device = common.pick_device(args.device)
     autocast, _ = common.pick_precision(args.amp, device)
     source, dataset = open_data(args, checkpoint, ("train", args.split))
     for line in source.description:
         print(line)
-    queries, bank = getattr(dataset, args.split), data.labelled(dataset.train)
-    queries = data.labelled(queries) if queries is not None else None
-    if queries is None or len(queries.labels) == 0 or bank is None or len(bank.labels) == 0:
-        raise common.UsageError(f"--data: kNN needs labelled training and labelled {args.split} images")
+    if checkpoint.get("note"):
+        print(checkpoint["note"])
+    split, bank = getattr(dataset, args.split), data.labelled(dataset.train)
+    if split is None and args.split == "test":
+        raise common.UsageError("--split test: this data has no test images")
+    queries = data.labelled(split) if split is not None else ()
+    measured = len(queries) > 0 and len(bank) > 0
+    if not measured:
+        if not args.neighbours:
+            raise common.UsageError(f"--data: kNN needs labelled training and labelled {args.split} images; "
+                                    "--neighbours PNG shows neighbours without")
+        queries, bank = split or dataset.train, dataset.train
 
     if args.projector:
         network, name = projector_network(checkpoint, device), "projector"
     else:
         network, name = Layers(common.load_backbone(checkpoint, device), (args.layer,)), args.layer
     bank_features = extract(network, bank, dataset, device, autocast)[name]
-    query_features = extract(network, queries, dataset, device, autocast)[name]
+    query_features = bank_features if queries is bank else extract(network, queries, dataset, device, autocast)[name]
     labels, truth = bank.labels.to(device), queries.labels.to(device)
 
-    print(f"\n{len(truth):,} {args.split} images against {len(labels):,} training images, "
-          f"{name}, {bank_features.shape[1]} features")
+    print(f"\n{len(truth):,} {'training' if queries is bank else args.split} images against {len(labels):,} training "
+          f"images, {name}, {bank_features.shape[1]} features")
+    if not measured:
+        print(f"no accuracy: it takes labelled training and labelled {args.split} images")
     first = None
-    for k in args.k:
+    for k in args.k if measured else ():
         scores = knn_predict(query_features, bank_features, labels, len(dataset.classes), k, args.temperature)
         order = scores.topk(min(5, len(dataset.classes)), dim=1).indices
         right = order == truth[:, None]
         top1, top5 = (100.0 * right[:, :n].any(dim=1).sum().item() / len(truth) for n in (1, 5))
         print(f"k {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
         first = order[:, 0] if first is None else first
-    print(f"\nk {args.k[0]}:")
-    print("\n".join(class_table(first.cpu(), truth.cpu(), dataset.classes)))
+    if measured:
+        print(f"\nk {args.k[0]}:")
+        print("\n".join(class_table(first.cpu(), truth.cpu(), dataset.classes)))
     if args.neighbours:
         neighbour_grid(args.neighbours, queries, bank, query_features, bank_features)
-        print(f"\nwrote {args.neighbours}: a query, then its nearest training images; green: same class")
+        frames = "green: same class" if min(bank.labels.amax(), queries.labels.amax()) >= 0 else "grey: no labels"
+        print(f"\nwrote {args.neighbours}: a query, then its nearest training images; {frames}")
 
 
 if __name__ == "__main__":

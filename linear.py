@@ -107,12 +107,18 @@ FROZEN = ("cached", "probe")
 
 def parse_args(argv=None):
     parser = common.training_parser(__doc__, RECIPES, without=(
-        "--data", "--data-root", "--image-size", "--stem", "--width", "--knn-every", "--knn-k", "--knn-t",
+        "--data", "--data-root", "--image-size", "--stem", "--width", "--init", "--knn-every", "--knn-k", "--knn-t",
         "--knn-split", "--views-png"))
     parser.set_defaults(save_every=None)
     add = parser.flag
     add("--checkpoint", "the pre-training run: its folder (then last.pt counts, as in the papers) or a .pt file",
         metavar="RUN", type=os.path.abspath)
+    add("--weights", "instead of a run, the weights alone: a file of a ResNet-18 with torchvision's names",
+        metavar="FILE", type=os.path.abspath)
+    add("--image-size", "without a run: side of a view in pixels", common.SHAPES, type=common.number(int, low=8))
+    add("--stem", "with neither run nor weights: first layers of the network", common.SHAPES,
+        choices=("cifar", "imagenet"))
+    add("--width", "with neither run nor weights: channels of layer1", common.SHAPES, type=common.number(int, low=1))
     ways = parser.add_mutually_exclusive_group()
     for way, meaning in (("cached", "linear layer on features computed once: seconds (the default)"),
                          ("probe", "linear layer on the frozen network, with random crops: the papers' protocol"),
@@ -150,14 +156,17 @@ def parse_args(argv=None):
     add("--confusion", "where the picture of the confusion matrix goes (default: confusion.png in the run's "
         "folder)", metavar="PNG", type=common.png_file)
     args, checkpoint = common.parse_training(
-        parser, argv, "linear", ("checkpoint", "label_fraction", "layer", "raw_features", "crop", "optimizer",
-                                 "no_validation"))
+        parser, argv, "linear", ("checkpoint", "weights", "label_fraction", "layer", "raw_features", "crop",
+                                 "optimizer", "no_validation"))
     if checkpoint and args.way != checkpoint["args"]["way"]:
         parser.error(f"--{args.way}: the run to resume is one of --{checkpoint['args']['way']}")
     args.way = args.way or "cached"
     args.knn_split = "test" if args.no_validation else "val"  # tells all others what is held out, and what chooses
-    if args.checkpoint is None:
-        parser.error("--checkpoint RUN is missing: the pre-training run whose features are to be judged")
+    if args.checkpoint and args.weights:
+        parser.error("--weights: --checkpoint names a network already; give one of them")
+    if args.way != "from-scratch" and not args.checkpoint and not args.weights:
+        parser.error("--checkpoint RUN is missing: the pre-training run whose features are to be judged; or --weights "
+                     "FILE, or --from-scratch, which needs neither")
     if args.way not in FROZEN and (args.layer != "layer4" or args.raw_features):
         parser.error(f"--{'raw-features' if args.raw_features else 'layer'}: only for a frozen network, that is "
                      f"--cached or --probe; --{args.way} trains all of it")
@@ -178,11 +187,13 @@ def parse_args(argv=None):
 def inherit(args, pretrained):
     """What was not given comes from the pre-training run; pictures are prepared as its network knows them."""
     if pretrained["method"] == "linear":
-        raise common.UsageError(f"--checkpoint {args.checkpoint}: a run of linear.py itself; give the pre-training "
-                                f"run it began with, {pretrained['args']['checkpoint']}")
+        start = pretrained["args"]["checkpoint"]
+        raise common.UsageError(f"--checkpoint {args.checkpoint}: a run of linear.py itself; " +
+                                (f"give the pre-training run it began with, {start}" if start else
+                                 "its network alone is taken by --weights"))
     for name in ("data", "data_root", "cache", "skip_unreadable"):
         setattr(args, name, getattr(args, name) or pretrained["args"][name])
-    args.image_size, args.stem, args.width = (pretrained[name] for name in ("image_size", "stem", "width"))
+    common.take_shape(args, pretrained, "--checkpoint" if args.checkpoint else "--weights")
 
 
 def fill_recipe(args, kind, images, passes):
@@ -462,7 +473,7 @@ def main(argv=None):
     args, checkpoint = parse_args(argv)
     device = common.pick_device(args.device)
     autocast, scaler = common.pick_precision(args.amp, device)
-    pretrained = checkpoint or common.load_checkpoint(args.checkpoint)  # a resumed run has all it needs
+    pretrained = checkpoint or common.load_pretrained(args)  # a resumed run has all it needs
     if not checkpoint:
         inherit(args, pretrained)
     common.seed_everything(args.seed)
@@ -472,12 +483,16 @@ def main(argv=None):
     splits = ["train", *([] if args.no_validation else ["val"]), *(["test"] if args.test else [])]
     if not checkpoint and args.knn_split == pretrained["args"]["knn_split"]:
         data.note_changes(source, args.data, pretrained["args"], splits)
+    for name, value in common.SHAPES[source.kind].items():
+        setattr(args, name, getattr(args, name) or value)  # of a network without a run
     check_labels(args, source.classes, {s: source.splits[s].counts[0] if source.splits[s] else 0 for s in splits})
     common.check_stop(args.stop_at_accuracy, chance=100 / len(source.classes))
     run = common.Run("linear", args, source, checkpoint, score="top1", title="top-1", best="linear.pt",
                      name=f"linear-{args.way}")
+    if pretrained.get("note"):
+        run.say(pretrained["note"])
     dataset = data.pack(source, args.image_size, args.cache, splits, run.quiet, args.skip_unreadable)
-    dataset.mean, dataset.std = pretrained["mean"], pretrained["std"]
+    dataset.mean, dataset.std = pretrained["mean"] or dataset.mean, pretrained["std"] or dataset.std
     labelled = {split: data.labelled(getattr(dataset, split)) for split in splits}
     check_labels(args, source.classes, {split: len(labelled[split]) for split in splits})  # what could be read
     train = take_part(labelled["train"], args.label_fraction, args.seed)

@@ -253,7 +253,7 @@ class MoCo(nn.Module):
 
 
 def build_model(args):
-    backbone = common.ResNet18(stem=args.stem, width=args.width)
+    backbone = common.initialised(common.ResNet18(stem=args.stem, width=args.width), args)
     bn_splits = max(1, args.bn_splits // distributed.size())  # each process is a group by nature  [DDP]
     return MoCo(backbone, args.dim, args.queue_size, args.head, bn_splits)
 

@@ -103,7 +103,7 @@ def headline(run):
         return method(run)
     if way == "from-scratch":
         return "from scratch"
-    start = Path(run.args.get("checkpoint") or "a checkpoint")
+    start = Path(run.args.get("checkpoint") or run.args.get("weights") or "a checkpoint")
     start = start.parent if start.suffix == ".pt" else start
     pretrained = method(Run(start, read_args(start), []))
     return f"fine-tuned {pretrained}" if way == "finetune" else f"linear probe of {pretrained}"

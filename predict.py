@@ -120,13 +120,15 @@ def answers(files, unreadable, probabilities, classes):
     order = iter(probabilities.sort(dim=1, descending=True, stable=True).indices[:, :2].tolist())
     shares = iter(probabilities.tolist())
     for i, file in enumerate(files):
+        row = {**dict.fromkeys(FIELDS), "file": file}
         if i in unreadable:
-            yield {**dict.fromkeys(FIELDS), "file": file, "error": unreadable[i]}
+            yield row | {"error": unreadable[i]}
             continue
-        (best, *second), share = next(order), [round(p, 6) for p in next(shares)]
-        row = {"file": file, "class": classes[best], "class_index": best, "probability": share[best]}
-        row["runner_up"] = classes[second[0]] if second else None  # of a single class there is none
-        row["runner_up_probability"] = share[second[0]] if second else None
+        best, share = next(order), [round(p, 6) for p in next(shares)]
+        if best:  # without labelled training images there is no class
+            row |= {"class": classes[best[0]], "class_index": best[0], "probability": share[best[0]]}
+        if len(best) > 1:  # of a single class there is no second
+            row |= {"runner_up": classes[best[1]], "runner_up_probability": share[best[1]]}
         yield row | {"probabilities": dict(zip(classes, share, strict=True))}
 
 
@@ -148,7 +150,9 @@ class Table:
             lines = textwrap.wrap(f"unreadable: {data.printable(row['error'])}", self.columns - self.file - 2)
             print(f"{file}  " + ("\n" + " " * (self.file + 2)).join(lines), file=self.out)
             return
-        line = f"{file}  {fit(row['class'], self.name, half)}  {100 * row['probability']:5.1f} %"
+        line = file.rstrip()
+        if row["class"] is not None:
+            line = f"{file}  {fit(row['class'], self.name, half)}  {100 * row['probability']:5.1f} %"
         if row["runner_up"] is not None:
             line += f"  {fit(row['runner_up'], self.name, half)}  {100 * row['runner_up_probability']:4.1f} %"
         print(line, file=self.out)
@@ -230,14 +234,19 @@ def read_checkpoint(path):
 
 
 def open_bank(args, checkpoint):
-    """-> the labelled training images of --data or of the run, as a Split, and their class names."""
+    """-> the labelled training images of --data or of the run, as a Split, and their class names.
+
+    Where none is labelled, all of them and no names, if there are --neighbours to show.
+    """
     source, dataset = knn.open_data(args, checkpoint, ("train",))
     print("\n".join(source.description))
     bank = data.labelled(dataset.train)
-    if len(bank) == 0:
+    if len(bank) > 0:
+        return bank, dataset.classes
+    if not args.neighbours:
         raise common.UsageError(f"--data {args.data or checkpoint['args']['data']}: has no labelled training images, "
-                                "and without them there is no class to tell; name others")
-    return bank, dataset.classes
+                                "and without them there is no class to tell; name others, or --neighbours PNG")
+    return dataset.train, []
 
 
 def by_classifier(features, weight, bias):
@@ -258,8 +267,8 @@ def draw_neighbours(path, shown, bank, bank_features, total):
     images, labels, aspect, features = (torch.cat(parts) for parts in zip(*shown, strict=True))
     queries = data.Split(images, labels, aspect, [])
     knn.neighbour_grid(path, queries, bank, features, bank_features, rows=SHOWN)
-    print(f"\nwrote {path}: {len(images)} of {total:,} pictures, each with its nearest training images;\n"
-          "green: of the class that was predicted")
+    print(f"\nwrote {path}: {len(images)} of {total:,} pictures, each with its nearest training images;\n" +
+          ("green: of the class that was predicted" if bank.labels.amax() >= 0 else "grey: they have no labels"))
 
 
 def predict(args, out):
@@ -282,6 +291,9 @@ def predict(args, out):
     if classifier:
         weight, bias = (classifier[name].to(device) for name in ("weight", "bias"))          # (K, C), (K,)
         classify = functools.partial(by_classifier, weight=weight, bias=bias)
+    elif not bank_classes:
+        classes, classify = [], lambda features: features[:, :0].cpu()                       # (N, 0)
+        print("no classifier and no labelled training images: no class to tell, neighbours alone\n")
     else:
         classes, k = bank_classes, min(args.k, len(bank))
         classify = functools.partial(by_vote, bank_features=bank_features, bank_labels=bank.labels,
@@ -305,7 +317,9 @@ def predict(args, out):
                 if not probabilities.isfinite().all():
                     raise common.UsageError(f"{args.checkpoint}: the network's output is not finite; try --amp off")
                 if args.neighbours:
-                    named = [number.get(classes[c], -1) for c in probabilities.argmax(dim=1).tolist()]
+                    named = [-1] * len(split)  # no class to tell
+                    if classes:  # one that the bank lacks has a number that none of its images has
+                        named = [number.get(classes[c], len(number)) for c in probabilities.argmax(dim=1).tolist()]
                     some = slice(-readable % every, None, every)
                     shown.append((split.images[some], torch.tensor(named)[some], split.aspect[some], features[some]))
             readable += len(split)

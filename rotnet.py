@@ -180,7 +180,7 @@ class RotNet(nn.Module):
 
 
 def build_model(args):
-    return RotNet(common.ResNet18(stem=args.stem, width=args.width))
+    return RotNet(common.initialised(common.ResNet18(stem=args.stem, width=args.width), args))
 
 
 # ------------------------------------------------------------------------------------------------

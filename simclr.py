@@ -180,7 +180,7 @@ class SimCLR(nn.Module):
 
 def build_model(args):
     # Every residual branch starts at zero: each block begins as the identity (the authors' code).
-    backbone = common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True)
+    backbone = common.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return SimCLR(backbone, args.dim, args.hidden_dim, args.proj_layers, projector=not args.no_projector)
 
 

@@ -151,7 +151,7 @@ class SimSiam(nn.Module):
 
 def build_model(args):
     # Every residual branch starts at zero: each block begins as the identity (the authors' code).
-    backbone = common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True)
+    backbone = common.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return SimSiam(backbone, args.dim, args.pred_dim, args.proj_layers, predictor=not args.no_predictor)
 
 

@@ -176,6 +176,10 @@ def test_loose_pictures_train_without_knn(run, tmp_path):
     out = run("simsiam.py", "--data", "loose", "--out", "run", *TINY).stdout
     assert "no kNN" in out
     assert [row["knn"] for row in metrics(tmp_path / "run")] == [None] * 3
+    following = out.splitlines()[-1].split()  # the command that is recommended works
+    assert following[:3] == ["next", "python", "knn.py"]
+    run(*following[2:])
+    assert Image.open(tmp_path / "neighbours.png").width > 500
 
 
 def test_a_wrong_use_as_users_see_it(run):

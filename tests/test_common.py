@@ -1,6 +1,7 @@
 """common.py: the network against torchvision's, the schedule in closed form, meters, runs, checkpoints."""
 
 import argparse
+import importlib
 import json
 import math
 import pickle
@@ -363,6 +364,98 @@ def test_a_strangers_file_is_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(common.UsageError, match="no checkpoint there"):
         common.load_checkpoint(tmp_path / "missing")
     assert "code from a checkpoint ran" not in capsys.readouterr().out
+
+
+def named(state, before):
+    return {f"{before}{name}": value for name, value in state.items()}
+
+
+def without_pool(net):
+    """Its children in a row, the max-pool left out too, as some write it for small pictures."""
+    return torch.nn.Sequential(*[child for name, child in net.named_children() if name not in ("maxpool", "fc")])
+
+
+# what is written for a network, the part of the note that says where it was found and what was left out
+FORMS = {
+    "torchvision": (lambda net: net.state_dict() | {"fc.weight": torch.ones(2, 32)}, "left out: fc"),
+    "numbered": (lambda net: torch.nn.Sequential(*list(net.children())[:-1]).state_dict(), "width 4"),
+    "numbered, classified": (lambda net: torch.nn.Sequential(*net.children(), torch.nn.Linear(3, 3)).state_dict(),
+                             "left out: 9"),
+    "numbered without pool": (lambda net: named(without_pool(net).state_dict(), "module.f."), "from module.f.*"),
+    "module": (lambda net: named(net.state_dict(), "module."), "from module.*"),
+    "beside a projector": (lambda net: {"model": named(net.state_dict(), "encoder.") | {"proj.0.bias": torch.ones(1)},
+                                        "epoch": 3}, "from model.encoder.*; left out: model.proj"),
+    "two encoders": (lambda net: {"state_dict": named(net.state_dict(), "module.encoder_q.") |
+                                  named(common.ResNet18(width=4).state_dict(), "module.encoder_k.")},
+                     "left out: state_dict.module.encoder_k"),
+    "half": (lambda net: {name: value.half() for name, value in net.state_dict().items()}, "width 4"),
+    "without counters": (lambda net: {name: value for name, value in net.state_dict().items() if "num_" not in name},
+                         "width 4"),
+}
+
+
+def some_network(stem):
+    """A ResNet18 of which every weight and buffer is a multiple of 1/64, so that half precision has it too."""
+    net = common.ResNet18(stem=stem, width=4)
+    for value in net.state_dict().values():
+        value.copy_((64 * torch.rand(value.shape)).round() / 64)
+    return net
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_any_form_are_understood(tmp_path, form, stem):
+    net, (write, words) = some_network(stem), FORMS[form]
+    torch.save(write(net), tmp_path / "net.pth")
+    found = common.load_weights(tmp_path / "net.pth")
+    assert (found["stem"], found["width"]) == (stem, 4)
+    assert words in " ".join(found["note"].split()) and max(map(len, found["note"].splitlines()[1:]), default=0) < 80
+    for name, value in net.state_dict().items():
+        assert "num_batches" in name or torch.equal(found["backbone"][name], value), name
+
+
+def test_weights_of_torchvision_and_of_our_runs(tmp_path):
+    theirs = torchvision.models.resnet18().eval()
+    encoder = torch.nn.Sequential(*list(theirs.children())[:-1])
+    x = torch.randn(2, 3, 64, 64)
+    for state in (theirs.state_dict(), encoder.state_dict()):
+        torch.save(state, tmp_path / "theirs.pth")
+        ours = common.load_backbone(common.load_weights(tmp_path / "theirs.pth"))
+        torch.testing.assert_close(ours(x), encoder(x).flatten(1), atol=1e-5, rtol=1e-5)
+    model, *_ = parts = make_parts()
+    start_run(make_args(tmp_path / "run"), parts=parts).save(3, 50.0, last=True)
+    for path in (tmp_path / "run", tmp_path / "run" / "best.pt"):
+        found = common.load_weights(path)
+        assert "left out" not in found["note"]
+        assert all(torch.equal(v, found["backbone"][name]) for name, v in model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"conv1.weight": None}, "conv1.weight is missing"),
+    ({"conv1.weight": torch.zeros(4, 1, 7, 7)}, r"conv1.weight is \(4, 1, 7, 7\); .* \(64, 3, 7, 7\)"),
+    ({"layer4.1.bn2.running_var": None}, "layer4.1.bn2.running_var is missing"),
+    ({"layer1.2.conv1.weight": torch.zeros(4, 4, 3, 3)}, "layer1.2.conv1.weight is one too many"),  # ResNet-34
+    ({"layer1.0.conv1.weight": torch.zeros(4, 4, 1, 1)}, r"layer1.0.conv1.weight is \(4, 4, 1, 1\), not"),  # 50
+    ({"layer1.0.conv1.weight": None}, "no ResNet-18 in it"),
+])
+def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, change, reason):
+    state = common.ResNet18(width=4).state_dict() | change
+    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "net.pth")
+    with pytest.raises(common.UsageError, match=rf"net.pth: .*{reason}") as error:
+        common.load_weights(tmp_path / "net.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_module_is_refused_with_the_fix(tmp_path):
+    torch.save(common.ResNet18(width=4), tmp_path / "net.pth")
+    with pytest.raises(common.UsageError, match=r"could run code; save a state_dict\(\)"):
+        common.load_weights(tmp_path / "net.pth")
+
+
+def test_a_network_without_a_run_is_shaped_as_in_the_recipes():
+    for name in ("simsiam", "moco", "simclr", "rotnet"):
+        for kind, recipe in importlib.import_module(name).RECIPES.items():
+            assert common.SHAPES[kind].items() <= recipe.items(), (name, kind)
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):

@@ -71,6 +71,9 @@ def test_the_printed_lines_load_the_network(tmp_path, monkeypatch, capsys, stem,
         if classifier:
             expected = expected @ extra["classifier"]["weight"].T + extra["classifier"]["bias"]
         torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+        names = {"torch": torch, "net": net}
+        exec(out.splitlines()[-1].removeprefix("# "), names)
+        torch.testing.assert_close(names["encoder"](x).flatten(1), backbone(x), atol=1e-5, rtol=1e-5)
     assert library != "torchvision" or isinstance(net, torchvision.models.ResNet)
 
 

@@ -5,6 +5,8 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image
 
 import common
 import data
@@ -144,6 +146,74 @@ def test_evaluation_view_is_the_central_square_of_the_original():
     torch.testing.assert_close(wide, F.interpolate(images.float() / 255, size=(8, 16), mode="bilinear",
                                                    antialias=True, align_corners=False)[..., 4:12],
                                atol=0.02, rtol=0)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with the weights of some network, and a function that draws a grey picture there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    torch.save({f"module.{k}": v for k, v in common.ResNet18(width=4).state_dict().items()}, "net.pth")
+
+    def draw(name, grey):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (grey, grey, grey)).save(name)
+
+    return draw
+
+
+def show(*flags):
+    """Runs the command; returns the frames and the inner colours of the picture, each as rows of (R, G, B)."""
+    knn.main(["--weights", "net.pth", "--image-size", "16", "--amp", "off", "--neighbours", "grid.png", *flags])
+    picture = TF.pil_to_tensor(Image.open("grid.png"))
+    frames, inner = picture[:, 3::104, 3::104], picture[:, 50::104, 50::104]
+    return frames.permute(1, 2, 0).tolist(), inner.permute(1, 2, 0).tolist()
+
+
+def test_weights_alone_are_judged_on_any_data(place, capsys):
+    for split in ("train", "val"):
+        for i in range(4):
+            place(f"set/{split}/{'dark' if i % 2 else 'bright'}/{i}.png", 20 * i + 150 * (i % 2 == 0))
+    show("--data", "set", "--k", "2")
+    out = capsys.readouterr().out
+    assert "weights net.pth: ResNet-18, stem cifar, width 4, from module.*" in out
+    assert "4 val images against 4 training images" in out and "k 2    top-1" in out and "green: same class" in out
+
+
+def test_pictures_without_labels_have_neighbours_and_never_themselves(place, capsys):
+    for i in range(12):
+        place(f"loose/{i}.png", 20 * i)
+    place("loose/copy.png", 0)  # a picture's copy is a neighbour
+    frames, inner = show("--data", "loose")
+    out = capsys.readouterr().out
+    assert "13 training images against 13 training" in out and "grey: no labels" in out
+    assert out.count("no accuracy: it takes labelled training and labelled val images") == 1 and "top-1" not in out
+    assert len(inner) == 10 and {len(row) for row in inner} == {9}
+    assert all(max(frame) - min(frame) < 3 for row in frames for frame in row)
+    for row in inner:
+        assert row[0] == [0] * 3 or row[0] not in row[1:]
+    assert all(row.count([0] * 3) <= 1 for row in inner if row[0] != [0] * 3 and [0] * 3 not in row[1:])
+    with pytest.raises(SystemExit):
+        knn.main(["--weights", "net.pth", "--image-size", "16", "--data", "loose"])
+    assert "--neighbours PNG shows neighbours without" in capsys.readouterr().err
+
+
+def test_neighbours_of_few_and_of_partly_labelled_pictures(place, capsys):
+    for i in range(3):  # one a class: none can be held out
+        place(f"few/{i}/0.png", 80 * i)
+    frames, inner = show("--data", "few")
+    assert [len(row) for row in inner] == [3] * 3  # itself, then the two others
+    assert all(red > 2 * green for row in frames for red, green, _ in row[1:])
+    for i in range(4):
+        place(f"blind/train/{i % 2}/{i}.png", 80 * i)
+        place(f"blind/test/{i}.png", 60 * i)
+    frames, inner = show("--data", "blind", "--split", "test")
+    assert "test images against 2 training" in capsys.readouterr().out and len(inner) == 4
+    assert all(max(frame) - min(frame) < 3 for row in frames for frame in row)
+    with pytest.raises(SystemExit):
+        show("--data", "few", "--split", "test")
+    assert "--split test: this data has no test images" in capsys.readouterr().err
 
 
 def test_class_table_counts():

@@ -17,6 +17,7 @@ from PIL import Image
 
 import common
 import data
+import knn
 import linear
 import predict
 
@@ -227,6 +228,54 @@ def test_from_scratch_takes_the_shape_but_no_weight_of_the_checkpoint(pretrained
     tuned = go(other, tmp_path / "tuned", "--finetune", "--epochs", 1, "--lr", 0.2)
     assert not torch.equal(tuned["backbone"]["conv1.weight"], one["backbone"]["conv1.weight"])
     assert one["width"] == 4 and one["image_size"] == 16
+
+
+def test_from_scratch_needs_no_run(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ["--from-scratch", "--data", str(pictures), "--amp", "off", "--device", "cpu"]
+    linear.main([*flags, "--width", "4", "--image-size", "16", "--max-steps", "1", "--out", str(tmp_path / "run")])
+    saved = common.load_checkpoint(tmp_path / "run/linear.pt")
+    assert (saved["width"], saved["image_size"], saved["stem"]) == (4, 16, "imagenet")  # as photos have
+    assert saved["mean"] == data.STATISTICS["imagenet"][0] and saved["args"]["checkpoint"] is None
+    linear.main(["--resume", str(tmp_path / "run"), "--max-steps", "2", "--quiet"])
+    assert common.load_checkpoint(tmp_path / "run")["step"] == 2
+    predict.main(["--checkpoint", str(tmp_path / "run"), "--json", str(pictures / "val/ape/0.png")])
+    knn.main(["--checkpoint", str(tmp_path / "run"), "--k", "3"])
+    capsys.readouterr()
+    for wrong, words in ((["--checkpoint", str(tmp_path / "run"), "--finetune"], "alone is taken by --weights"),
+                         (["--data", str(pictures)], "or --from-scratch"),
+                         (["--weights", str(tmp_path / "run"), "--width", "8"], "--width 8: the network of --weights")):
+        with pytest.raises(SystemExit):
+            linear.main(wrong)
+        assert words in capsys.readouterr().err
+    go_on = ["--weights", str(tmp_path / "run"), "--image-size", "16", "--data", str(pictures), "--epochs", "1"]
+    linear.main([*go_on, "--quiet", "--out", str(tmp_path / "second")])
+    assert equal(common.load_checkpoint(tmp_path / "second")["backbone"],
+                 common.load_checkpoint(tmp_path / "run")["backbone"])
+
+
+def test_from_scratch_without_data_is_toy(monkeypatch, tmp_path):
+    """Shape and data are those that the methods take without a flag."""
+    args, _ = linear.parse_args(["--from-scratch"])
+    linear.inherit(args, common.load_pretrained(args))
+    assert args.data == "toy" and args.image_size is args.stem is args.width is None
+
+
+@pytest.mark.parametrize("way", ["--cached", "--probe", "--finetune", "--from-scratch"])
+def test_weights_alone_are_as_good_as_their_run(pretrained, pictures, tmp_path, monkeypatch, way):
+    """The file a stranger would write, at the size and with the statistics of the run."""
+    saved = common.load_checkpoint(pretrained)
+    torch.save({f"backbone.{name}": value for name, value in saved["backbone"].items()}, tmp_path / "net.pth")
+    monkeypatch.setitem(data.STATISTICS, "imagenet", (saved["mean"], saved["std"]))
+    flags = [way, "--max-steps", 2, "--cache", pictures.parent / "cache"]
+    whole = go(pretrained, tmp_path / "whole", *flags)
+    linear.main(["--weights", str(tmp_path / "net.pth"), "--data", str(pictures), "--image-size", "16", "--quiet",
+                 "--out", str(tmp_path / "alone"), "--device", "cpu", "--amp", "off", *map(str, flags)])
+    alone = common.load_checkpoint(tmp_path / "alone/linear.pt")
+    assert equal(whole["model"], alone["model"]) and alone["args"]["weights"] == str(tmp_path / "net.pth")
+    assert "weights " in (tmp_path / "alone/log.txt").read_text()
+    (tmp_path / "net.pth").unlink()
+    linear.main(["--resume", str(tmp_path / "alone"), "--max-steps", "3", "--quiet"])  # it is needed no more
 
 
 @pytest.mark.parametrize("layer, c", [("layer1", 4), ("layer3", 16)])
@@ -550,7 +599,10 @@ def wrong_uses(tmp_path, pictures, pretrained):
         "another way resumed": (["--resume", "done", "--probe"], ["--probe", "--cached"]),
         "another layer resumed": (["--resume", "done", "--layer", "layer1"], ["--layer", "layer4"]),
         "folder taken": ([*run, "--out", "done"], ["--out", "--resume"]),
-        "flag of the methods": ([*run, "--width", "8"], ["--width"]),
+        "another width": ([*run, "--width", "8"], ["--width 8", "--checkpoint has 4"]),
+        "another size": ([*run, "--image-size", "32", "--from-scratch"], ["--image-size 32", "16"]),
+        "two networks": ([*run, "--weights", "done"], ["--weights", "--checkpoint"]),
+        "other weights resumed": (["--resume", "done", "--weights", "done"], ["--weights", "None"]),
     }
 
 

@@ -333,6 +333,27 @@ def test_neighbours_are_framed_by_the_predicted_class(ask, tmp_path, capsys, mon
     assert captured.out == "" and "--neighbours: taken.png" in captured.err  # said before any work
 
 
+def test_neighbours_need_no_labels(ask, tmp_path, capsys):
+    for i in range(5):
+        draw(tmp_path / f"loose/{i}.png", i)
+    draw(tmp_path / "a.png", 9)
+    bread = {"classifier": {"weight": torch.zeros(3, 8), "bias": torch.tensor([9.0, 0, 0])}}
+    for method, answer, changes in (("simclr", None, {}), ("linear", "bread", bread)):
+        write_checkpoint(tmp_path / "run.pt", method=method, bank=tmp_path / "loose", **changes)
+        flags = ["--checkpoint", "run.pt", "a.png", "gone.png", "--neighbours", "grid.png"]
+        rows = json.loads(ask(*flags, "--json", code=1))
+        assert [row["class"] for row in rows] == [answer, None] and "error" in rows[1] and "error" not in rows[0]
+        assert list(rows[0])[:6] == list(predict.FIELDS) and len(rows[0]["probabilities"]) == (3 if answer else 0)
+        assert next(csv.DictReader(io.StringIO(ask(*flags, "--csv", code=1))))["class"] == (answer or "")
+        predict.main([*flags, "--amp", "off"])
+        captured = capsys.readouterr()
+        assert captured.out.splitlines()[1].split()[:2] == ["a.png", *filter(None, [answer])]
+        assert "grey: they have no labels" in captured.err
+        assert ("no class to tell" in captured.err) == (answer is None)
+        picture = TF.pil_to_tensor(Image.open("grid.png"))[:, 3, 3::104]
+        assert picture.shape[1] == 6 and (picture.amax(0).int() - picture.amin(0)).max() < 3  # grey frames
+
+
 def wrong_uses(tmp_path):
     """name -> (flags, what the line must name)"""
     write_checkpoint(tmp_path / "good/linear.pt")

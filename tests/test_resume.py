@@ -1,5 +1,6 @@
 """A run that ends at any step and is resumed is the run that never ended; and what a run says when it must end."""
 
+import argparse
 import importlib
 import json
 import math
@@ -115,6 +116,39 @@ def test_the_rate_per_step_holds_until_another_is_given(train, monkeypatch, meth
     assert rates == pytest.approx([0.01, 0.01, lr, lr, 0.5])
     log = open("runs/one/log.txt").read()
     assert "lr      0.01 per step of 8 images\n" in log and f"lr      {lr:g} per step of 8 images (0.32 per 256)" in log
+
+
+def test_a_run_begins_with_the_weights_of_init_and_needs_them_no_more(train, capsys, method):
+    torch.manual_seed(7)
+    net = common.ResNet18(width=4)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in net.state_dict().items()}}, "net.pth")
+    train(method, "--init", "net.pth", "--out", "run", "--max-steps", "1", "--lr", "1e-12", "--knn-every", "0")
+    os.remove("net.pth")
+    saved = common.load_checkpoint("run")
+    assert saved["args"]["init"] == os.path.abspath("net.pth")
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(saved["backbone"][name], value.detach(), atol=1e-7, rtol=0)
+        if method == "moco":  # the key encoder begins as a copy
+            torch.testing.assert_close(saved["model"][f"key_encoder.0.{name}"], value.detach(), atol=1e-7, rtol=0)
+    train(method, "--resume", "run", "--max-steps", "2")
+    assert common.load_checkpoint("run")["step"] == 2
+    if hasattr(importlib.import_module(method).build_model(argparse.Namespace(**saved["args"] | {"init": None})),
+               "projector"):
+        importlib.import_module("knn").main(["--checkpoint", "run", "--projector", "--k", "3", "--amp", "off"])
+    with pytest.raises(SystemExit):
+        train(method, "--resume", "run", "--init", "other.pth")
+    assert "--init: the run to resume has" in capsys.readouterr().err
+
+
+def test_stem_and_width_are_those_of_init(train, capsys):
+    import simsiam
+    torch.save(common.ResNet18(stem="imagenet", width=6).state_dict(), "net.pth")
+    args, _ = simsiam.parse_args(["--init", "net.pth"])
+    assert (args.stem, args.width, args.image_size) == ("imagenet", 6, None)
+    for flags, words in ((["--stem", "cifar"], "--stem cifar: the network of --init has imagenet"),
+                         (["--width", "8"], "--width 8: the network of --init has 6")):
+        with pytest.raises(common.UsageError, match=words):
+            simsiam.parse_args(["--init", "net.pth", *flags])
 
 
 def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp_path, capsys):

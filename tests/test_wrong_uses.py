@@ -59,6 +59,8 @@ def place(tmp_path_factory):
     old = torch.load(place / "simsiam" / "last.pt", weights_only=True)
     torch.save(old | {"version": 0}, place / "old.pt")
     torch.save({"weight": torch.zeros(3)}, place / "weights.pt")
+    torch.save(common.ResNet18(stem="imagenet", width=4).state_dict(), place / "net.pt")
+    torch.save(common.ResNet18(width=4).state_dict() | {"layer1.2.bn1.bias": torch.zeros(4)}, place / "deep.pt")
     return place
 
 
@@ -136,6 +138,22 @@ CASES = [
     ("simsiam", "--out simsiam", "--out simsiam --resume"),
     ("simsiam", "--data few --batch-size 4 --views-png nowhere/views.png", "nowhere/views.png"),
     ("simsiam", "--data few --batch-size 4 --views-png views.xyz", "views.xyz"),
+    # weights from elsewhere
+    ("simsiam", "--init nowhere.pth", "nowhere.pth"),
+    ("simsiam", "--init weights.pt", "weights.pt layer1.0.conv1.weight"),
+    ("moco", "--init evil.pt", "evil.pt state_dict()"),
+    ("simclr", "--init deep.pt", "deep.pt layer1.2.bn1.bias"),
+    ("rotnet", "--init net.pt --stem cifar", "--stem cifar --init imagenet"),
+    ("simsiam", "--init net.pt --width 8", "--width 8 --init 4"),
+    ("simsiam", "--resume simsiam --init net.pt", "--init"),
+    ("knn", "--weights deep.pt --data few", "deep.pt layer1.2.bn1.bias"),
+    ("knn", "--weights net.pt --checkpoint simsiam", "--weights --checkpoint"),
+    ("knn", "--weights net.pt --projector", "--weights --projector"),
+    ("knn", "--checkpoint simsiam --image-size 8", "--image-size --checkpoint"),
+    ("knn", "--checkpoint linear --projector", "--projector linear"),
+    ("linear", "--weights weights.pt", "weights.pt layer1.0.conv1.weight"),
+    ("linear", "--weights net.pt --stem cifar --data few", "--stem cifar --weights imagenet"),
+    ("linear", "--from-scratch --data loose", "loose labelled"),
     # going on with a run
     ("simsiam", "--resume broken.pt", "broken.pt"),
     ("simsiam", "--resume nowhere", "nowhere"),
@@ -158,11 +176,11 @@ CASES = [
     ("knn", "--checkpoint rotnet --projector", "--projector rotnet"),
     ("knn", "--checkpoint simsiam --projector --layer layer3", "--projector --layer"),
     ("knn", "--checkpoint simsiam --split test", "test"),
-    ("knn", "--checkpoint unlabelled", "labelled"),
+    ("knn", "--checkpoint unlabelled", "labelled --neighbours"),
     ("knn", "--checkpoint simsiam --data ./nowhere", "--data ./nowhere"),
     ("knn", "--checkpoint simsiam --neighbours nowhere/grid.png", "--neighbours nowhere/grid.png"),
     # labels
-    ("linear", "", "--checkpoint"),
+    ("linear", "", "--checkpoint --weights --from-scratch"),
     ("linear", "--checkpoint nowhere", "nowhere"),
     ("linear", "--checkpoint linear", "--checkpoint simsiam"),
     ("linear", "--checkpoint simsiam --probe --finetune", "--finetune --probe"),
@@ -187,7 +205,7 @@ CASES = [
     ("predict", "--checkpoint nowhere loose", "nowhere"),
     ("predict", "--checkpoint linear empty", "empty"),
     ("predict", "--checkpoint linear loose --json --csv", "--json --csv"),
-    ("predict", "--checkpoint unlabelled loose", "labelled"),
+    ("predict", "--checkpoint unlabelled loose", "labelled --neighbours"),
     ("plot", "", "RUN"),
     ("plot", "nowhere", "nowhere"),
     ("plot", "few", "few"),
