@@ -49,7 +49,8 @@ STYLES = ("-", "--", ":", "-.")
 
 # Flags that say where and how often, not what was trained: they never tell two runs apart.
 PLUMBING = {"method", "way", "data_root", "download", "cache", "skip_unreadable", "out", "resume", "quiet",
-            "tensorboard", "views_png", "save_every", "knn_every", "test", "confusion", "eval_every"}
+            "tensorboard", "views_png", "save_every", "knn_every", "test", "confusion", "eval_every",
+            "stop_at_accuracy"}
 
 Run = collections.namedtuple("Run", "folder args rows")
 

@@ -138,7 +138,7 @@ def test_against_time(make_run, drawn, seconds, name, last):
     ([{"no_predictor": False}, {"no_predictor": True}], ["simsiam", "simsiam, no-predictor"]),
     ([{"data": "/somewhere/food-11"}, {"data": "toy"}], ["simsiam, data food-11", "simsiam, data toy"]),
     ([{"method": "moco", "lr": 1}, {"method": "simsiam"}], ["moco", "simsiam"]),  # the method tells them apart
-    ([{"data_root": "a", "quiet": True}, {"data_root": "b"}], ["simsiam (0)", "simsiam (1)"]),
+    ([{"data_root": "a", "quiet": True}, {"data_root": "b", "stop_at_accuracy": 90.0}], ["simsiam (0)", "simsiam (1)"]),
     ([{"method": "linear", "way": "probe", "checkpoint": None, "weights": "/somewhere/simclr.pth"},
       {"method": "linear", "way": "from-scratch", "checkpoint": None}], ["linear probe of simclr.pth", "from scratch"]),
     # Another data set comes with another recipe: not all of it need be said.
