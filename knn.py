@@ -182,10 +182,10 @@ class Monitor:
 def parse_args(argv):
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run folder or one of its .pt files")
-    add("--data", help="other pictures than those of the run, of any form that the methods take")
-    add("--data-root", help="where a named data set lies (default: that of the run)")
-    add("--cache", help="folder for packed pictures (default: that of the run)")
+    add("--checkpoint", required=True, type=common.path, help="a run folder or one of its .pt files")
+    add("--data", type=common.path, help="other pictures than those of the run, of any form that the methods take")
+    add("--data-root", type=common.path, help="where a named data set lies (default: that of the run)")
+    add("--cache", type=common.path, help="folder for packed pictures (default: that of the run)")
     add("--split", choices=("val", "test"), default="val", help="which images are the queries")
     add("--k", type=common.number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
     # Votes are exp(similarity / temperature): below 0.02 they would leave the range of float32.
@@ -304,15 +304,17 @@ def main(argv=None):
 
     print(f"\n{len(truth):,} {args.split} images against {len(labels):,} training images, "
           f"{name}, {bank_features.shape[1]} features")
-    first = None
-    for k in args.k:
+    if max(args.k) > len(labels):
+        print(f"note    there are {len(labels):,} to vote: k is {len(labels):,} where it is more")
+    first, ks = None, list(dict.fromkeys(min(k, len(labels)) for k in args.k))
+    for k in ks:
         scores = knn_predict(query_features, bank_features, labels, len(dataset.classes), k, args.temperature)
-        order = scores.topk(min(5, len(dataset.classes)), dim=1).indices
-        right = order == truth[:, None]
+        votes, order = scores.topk(min(5, len(dataset.classes)), dim=1)
+        right = (order == truth[:, None]) & (votes > 0)  # a class without a vote was not named
         top1, top5 = (100.0 * right[:, :n].any(dim=1).sum().item() / len(truth) for n in (1, 5))
         print(f"k {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
         first = order[:, 0] if first is None else first
-    print(f"\nk {args.k[0]}:")
+    print(f"\nk {ks[0]}:")
     print("\n".join(class_table(first.cpu(), truth.cpu(), dataset.classes)))
     if args.neighbours:
         neighbour_grid(args.neighbours, queries, bank, query_features, bank_features)
