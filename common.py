@@ -10,6 +10,8 @@ Importing this file does nothing.
 """
 
 import argparse
+import contextlib
+import difflib
 import functools
 import hashlib
 import itertools
@@ -31,6 +33,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torchvision.utils import make_grid, save_image
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------------------------
 # The network: ResNet-18 (He et al. 2015, arXiv 1512.03385)
@@ -95,6 +102,8 @@ class ResNet18(nn.Module):
         self.layer3 = self._stage(2 * width, 4 * width, stride=2)
         self.layer4 = self._stage(4 * width, 8 * width, stride=2)
         self.dim = 8 * width
+        # oneDNN's channels_last convolutions of fewer than 8 channels corrupt the heap (torch 2.14, backward pass).
+        self.contiguous = width < 8
         self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
 
         for module in self.modules():
@@ -107,8 +116,15 @@ class ResNet18(nn.Module):
     def _stage(c_in, c_out, stride):
         return nn.Sequential(BasicBlock(c_in, c_out, stride), BasicBlock(c_out, c_out, 1))
 
+    def _apply(self, fn, recurse=True):  # what .to(memory_format=...) does to each module
+        super()._apply(fn, recurse)
+        if self.contiguous:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        return self
+
     def features(self, x, names=("layer4",)):
-        pooled = {}
+        pooled, x = {}, x.contiguous() if self.contiguous else x
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in ("layer1", "layer2", "layer3", "layer4"):
             x = getattr(self, name)(x)
@@ -300,6 +316,17 @@ SHAPES = {
 }
 
 
+# What articles and other programs call it, where the letters do not lead to our word for it.
+WORDS = {
+    "threshold": "--stop-at-accuracy", "early-stop": "--stop-at-accuracy", "early-stopping": "--stop-at-accuracy",
+    "save-steps": "--keep-every", "save-freq": "--keep-every", "freeze": "linear.py --probe",
+    "unfreeze": "linear.py --finetune", "moco-k": "--queue-size", "moco-m": "--momentum-encoder",
+    "moco-t": "--temperature", "tau": "--temperature", "learning-rate": "--lr", "wd": "--weight-decay",
+    "bs": "--batch-size", "b": "--batch-size", "arch": "--width (of a ResNet-18)", "gpu": "--device",
+    "pretrained": "--checkpoint", "workers": "all cores work anyway", "num-workers": "all cores work anyway",
+}
+
+
 def printable(text):
     """One line for any terminal: line breaks, control characters and undecodable bytes of a file's name, escaped."""
     return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], text)
@@ -313,11 +340,14 @@ class UsageError(Exception):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came, and what the run had reached is saved."""
+    """The run was told to end, by a signal or by a stdout that takes no more, and what it had reached is saved."""
 
-    def __init__(self, number, message):
+    def __init__(self, code, message):
         super().__init__(message)
-        self.code = 128 + number  # what shells expect of a process that a signal ended
+        self.code = code
+
+
+PIPE_CLOSED = 141  # 128 + SIGPIPE: what shells expect of a program whose reader, `head` for instance, has left
 
 
 def is_main():
@@ -326,9 +356,31 @@ def is_main():
 
 
 def complain(message, code):
+    silence_stdout()
     if is_main():
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal has gone
+            print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def show(text, end="\n"):
+    """print() to a stdout that may be gone: a run that has begun saves first, then ends."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        lost = silence_stdout()
+        if not (Run.current and Run.current.started):
+            raise
+        Run.current.tell(f"stdout: {lost.strerror}", PIPE_CLOSED if isinstance(lost, BrokenPipeError) else 2)
+
+
+def silence_stdout():
+    """What the system says against writing to stdout, or None. Then nothing goes there any more, nor fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
 
 
 def command(main):
@@ -337,8 +389,22 @@ def command(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         name = Path(sys.argv[0]).name
+        for stream in ("stdout", "stderr"):
+            if getattr(sys, stream) is None:  # closed, as by >&-
+                setattr(sys, stream, open(os.devnull, "w"))
+            if hasattr(getattr(sys, stream), "reconfigure"):  # a letter that the terminal lacks is escaped
+                getattr(sys, stream).reconfigure(errors="backslashreplace")
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()  # what it does not take is said here, not when Python has ended
+            return code
+        except OSError as error:
+            lost = silence_stdout()
+            if isinstance(lost or error, BrokenPipeError):
+                sys.exit(PIPE_CLOSED)
+            if not (lost or error.filename):
+                raise
+            complain(f"{name}: error: {printable(str('stdout' if lost else error.filename))}: {error.strerror}", 2)
         except UsageError as error:
             complain(f"{name}: error: {error}", 2)
         except Interrupted as error:
@@ -353,7 +419,9 @@ def command(main):
                 raise
             fix = "; free some, or choose another --device"
             if Run.current:
-                fix = (f" at --batch-size {Run.current.args.batch_size}; lower it, or --image-size or --width; "
+                flags = vars(Run.current.args)
+                sizes = ("batch_size", "image_size", "width", "dim", "pred_dim", "queue_size")
+                fix = (f" with {', '.join(flag_text(n, flags[n]) for n in sizes if flags.get(n))}; lower one of them; "
                        "--stem imagenet and, on a GPU, --amp bf16 need less too")
             complain(f"{name}: error: out of memory{fix}", 2)
         finally:
@@ -363,9 +431,14 @@ def command(main):
     return wrapped
 
 
+def flag_text(name, value):
+    """("lr", 0.1) -> "--lr 0.1"."""
+    return f"--{name.replace('_', '-')} {value}"
+
+
 def out_of_memory(error):
     """Whether torch (on a GPU or on the host) or Python could not get the memory it asked for."""
-    words = ("not enough memory", "can't allocate memory", "out of memory")
+    words = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 
@@ -396,24 +469,63 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(flag, help=meaning, **kind)
 
     def error(self, message):  # argparse prints the whole usage first
-        complain(f"{self.prog}: error: {message}", 2)
+        complain(f"{self.prog}: error: {printable(message)}", 2)
+
+    def exit(self, status=0, message=None):  # after --help
+        sys.stdout.flush()
+        super().exit(status, message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's, of flags that may be spelt with underscores; an unknown flag is refused before all else."""
+        args = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        for i, arg in enumerate(args):
+            name, *value = arg.split("=", 1)
+            if arg == "--":  # what follows are no flags
+                break
+            if not re.match("--?[A-Za-z][^ ]*$", name) or name in self._option_string_actions:
+                continue
+            flag = name.replace("_", "-")
+            if flag not in self._option_string_actions:
+                self.error(f"{name}: no such flag{self._meant(flag)}")
+            args[i] = "=".join([flag, *value])
+        return super().parse_known_args(args, namespace)
+
+    def _meant(self, flag):
+        word, flags = flag.lstrip("-").lower(), [f.lstrip("-") for f in self._option_string_actions]
+        other = WORDS.get(word, "")
+        if not other or other.startswith("--") and other.split()[0][2:] not in flags:
+            other = "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
+        return f"; did you mean {other}?" if "--" in other else f"; {other or '--help lists them'}"
+
+    def _check_value(self, action, value):  # argparse's names no nearest
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = "".join(f"did you mean {near}? " for near in difflib.get_close_matches(str(value), choices, 1))
+            raise argparse.ArgumentError(action, f"{value!r} is none of its values; {near}Choose from "
+                                                 f"{', '.join(choices)}")
 
 
 def number(kind, low=None, high=None, above=None):
-    """An argparse type: an int or float within [low, high], or strictly above `above`."""
+    """An argparse type: an int or float within [low, high], or strictly above `above`, that a tensor can hold.
+
+    A whole number, be it a count or a seed, must fit int64; another float32, with room for a product or a quotient.
+    """
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {word}") from None
+        smallest, largest = (1, 2**63 - 1) if kind is int else (1e-30, 1e30)
+        if value and not smallest <= abs(value) <= largest:  # nor is nan
+            raise argparse.ArgumentTypeError(f"{text[:80]} must lie between {smallest:g} and {largest:g}")
         too_low = (low is not None and value < low) or (above is not None and value <= above)
-        if not math.isfinite(value) or too_low or (high is not None and value > high):
+        if too_low or (high is not None and value > high):
             bounds = [f"at least {low}"] if low is not None else []
             bounds += [f"above {above}"] if above is not None else []
             bounds += [f"at most {high}"] if high is not None else []
-            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
         return value
 
     return parse
@@ -427,10 +539,31 @@ class Rate(argparse.Action):
         setattr(args, self.dest, value)
 
 
+def path(text):
+    """An argparse type: a file or folder that is there or could be; ~ stands for the home folder."""
+    text = os.path.expanduser(text)
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # others say it with more words
+        if not text:
+            raise argparse.ArgumentTypeError("the path is empty") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        short = text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
+        raise argparse.ArgumentTypeError(f"{short}: {getattr(error, 'strerror', error)}") from None
+    return text
+
+
+def absolute_path(text):
+    """The same, for what a run may be asked for from another folder."""
+    return os.path.abspath(path(text))
+
+
 def png_file(text):
     """An argparse type: a picture to write, checked before any work."""
-    path, folder = Path(text), Path(text).absolute().parent
-    if path.suffix.lower() != ".png" or path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    text = path(text)
+    folder = Path(text).absolute().parent
+    if (not text.lower().endswith(".png") or os.path.isdir(text) or not folder.is_dir()
+            or not os.access(folder, os.W_OK)):
         raise argparse.ArgumentTypeError(f"{text} must be a .png file in a folder that can be written to")
     return text
 
@@ -451,10 +584,10 @@ def training_parser(doc, recipes, without=()):
         if flag not in without:
             parser.flag(flag, meaning, **kind)
 
-    add("--data", f"folder of pictures, or {', '.join(NAMED_DATA)}", default="toy")
-    add("--data-root", "where cifar10 ... food101 lie or are downloaded to", default="./data")
+    add("--data", f"folder of pictures, or {', '.join(NAMED_DATA)}", type=path, default="toy")
+    add("--data-root", "where cifar10 ... food101 lie or are downloaded to", type=path, default="./data")
     add("--download", "fetch the named data set into --data-root", action="store_true")
-    add("--cache", "folder for packed pictures (default: in the user's cache folder)")
+    add("--cache", "folder for packed pictures (default: in the user's cache folder)", type=path)
     add("--skip-unreadable", "go on without pictures that cannot be read; they are counted and listed",
         action="store_true")
     add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone",
@@ -477,12 +610,14 @@ def training_parser(doc, recipes, without=()):
     add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
     add("--compile", "torch.compile: a minute or more at first, faster steps after", action="store_true")
     add("--init", "weights that the backbone starts from, then with their stem and width: a run, or a file of a "
-        "ResNet-18 with torchvision's names", metavar="FILE", type=os.path.abspath)
-    add("--out", "folder of the run (default: runs/<method>-<data>-<time>)")
+        "ResNet-18 with torchvision's names", metavar="FILE", type=absolute_path)
+    add("--out", "folder of the run (default: runs/<method>-<data>-<time>)", type=path)
     add("--resume", "folder or checkpoint of a run to go on with; its flags hold unless given anew; without "
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
-        const=NEWEST)
+        const=NEWEST, type=path)
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
+    add("--keep-every", "epochs between checkpoints that stay, as epoch-0050.pt; all can be told by "
+        "--checkpoint", type=whole(low=1))
     add("--knn-every", "epochs between kNN evaluations, 0: never; each costs a tenth of an epoch or more",
         type=whole(low=0))
     add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
@@ -523,6 +658,8 @@ def parse_training(parser, argv, method, fixed=()):
             parser.error(f"--resume: no run of {method} with these flags in {Path(args.out or 'runs')}; "
                          "name its folder")
     if args.resume is None:
+        if args.download and args.data == "toy":
+            parser.error("--download: toy is drawn, not downloaded; add --data cifar10, for instance")
         if args.out and (Path(args.out) / "last.pt").exists():
             parser.error(f"--out {args.out}: holds a run already; --resume it, or name another folder")
         if getattr(args, "init", None):
@@ -672,12 +809,12 @@ class Progress:
         if self.terminal:
             columns = shutil.get_terminal_size().columns
             line = "\r\x1b[K" + line[: columns - 1]
-        print(line, end="" if self.terminal else "\n", flush=True)
+        show(line, end="" if self.terminal else "\n")
 
     def close(self):
         """Take the updating line away; what is printed next starts on a clean line."""
         if self.terminal and not self.quiet:
-            print("\r\x1b[K", end="", flush=True)
+            show("\r\x1b[K", end="")
 
 
 class Run:
@@ -711,6 +848,7 @@ class Run:
                 dist.broadcast_object_list(box, src=0)
             args.out = box[0]
         self.folder, self.started, self.said, self.best, self.line = Path(args.out), False, [], None, None
+        self.handlers, self.log_file, Run.current = {}, None, self
         self.there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not self.there.is_dir() or not os.access(self.there, os.W_OK):
             raise UsageError(f"--out {self.folder}: {self.there} is not a folder that can be written to")
@@ -728,7 +866,7 @@ class Run:
         if self.line is not None:
             self.line.close()
         if not self.args.quiet:
-            print(text, flush=True)
+            show(text)
         self.said.append(text)
         if self.started:
             self._append("log.txt", "".join(line + "\n" for line in self.said))
@@ -736,7 +874,7 @@ class Run:
 
     def _append(self, name, text):
         try:
-            with open(self.folder / name, "a") as file:
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             raise UsageError(f"{self.folder / name}: {error.strerror or error}; make room, then go on with "
@@ -754,26 +892,30 @@ class Run:
         args, self.total_steps, self.epoch_steps = self.args, total_steps, epoch_steps
         self.parts, self.extra = (model, optimizer, scaler, dataset), extra or dict
         self.epochs = math.ceil(total_steps / epoch_steps)
-        self.before, self.first, self.signal = 0.0, None, None
-        step = restore(self.checkpoint, model, optimizer, scaler) if self.checkpoint else 0
+        self.before, self.first, self.told = 0.0, None, None
+        step = restore(self.checkpoint, model, optimizer, scaler, dataset.classes) if self.checkpoint else 0
         if step and step // epoch_steps != self.checkpoint["epoch"]:  # pictures that could not be read before, say
             raise UsageError(f"--resume {self.folder}: an epoch has {epoch_steps:,} steps now, so step {step:,} is not "
                              f"in epoch {self.checkpoint['epoch'] + 1:,} any more: the images changed; bring back "
                              "those of the run, or start a new one")
+        self.jump = self._changed_rate(step)
         self.every_minutes = float(args.save_every[:-3]) if isinstance(args.save_every, str) else None
         self.began = self.saved = self.checked = time.perf_counter()
         self.writer, self.meters, self.unchecked, self.watches = None, {}, [], device.type == "cpu"
         if is_main():
             self._make_folder()
-        self.started, Run.current = True, self
+        self.started = True
         # The first signal waits for the end of the step, where all is saved; the second ends at once.
         # Of several processes only the first can save; the others end with it.
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+                numbers.append(signal.SIGHUP)
+            self.handlers = {number: signal.signal(number, self._stop) for number in numbers}
 
         plumbing = {"data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
-                    "views_png", "device", "amp", "compile", "save_every", "skip_unreadable", "knn_every", "contents"}
+                    "views_png", "device", "amp", "compile", "save_every", "keep_every", "skip_unreadable", "knn_every",
+                    "contents"}
         recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                            if name not in plumbing and value not in (None, "val") and value is not False)
         precision = str(device) if args.amp == "auto" else f"{device}, {args.amp}"
@@ -796,10 +938,22 @@ class Run:
                                    break_long_words=False, break_on_hyphens=False))
         return step
 
+    def _changed_rate(self, step):
+        """"flags, was rate" where flags change the schedule of the resumed run, else None."""
+        saved = self.checkpoint["args"] if self.checkpoint else {}
+        names = ("epochs", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
+        flags = [f"{flag_text(n, value)} (was {saved[n]})" for n in names
+                 if n in saved and saved[n] != (value := getattr(self.args, n, None))]
+        return flags and step and (", ".join(flags), self.parts[1].param_groups[0]["lr"])
+
     def _make_folder(self):
         args = self.args
-        # last.pt, best.pt and the one being written; each has the weights and a momentum for most of them.
-        needed = 6 * sum(t.numel() * t.element_size() for t in self.parts[0].state_dict().values())
+        # last.pt, best.pt, the one being written and those that stay; each has the weights and a momentum for most
+        # of them.
+        files, done = 3, self.checkpoint["epoch"] if self.checkpoint else 0
+        if args.keep_every:
+            files += self.total_steps // self.epoch_steps // args.keep_every - done // args.keep_every
+        needed = 2 * files * sum(t.numel() * t.element_size() for t in self.parts[0].state_dict().values())
         free = shutil.disk_usage(self.there).free
         if free < needed:
             raise UsageError(f"--out {self.folder}: {free / 1e6:,.0f} MB free, checkpoints need "
@@ -814,6 +968,7 @@ class Run:
                         raise
                     self.folder = Path(f"{args.out}-{number}")
             args.out = str(self.folder)
+            self._lock()
             if self.checkpoint:
                 self._take_back()
             else:  # of a run that ended before its first checkpoint
@@ -823,6 +978,20 @@ class Run:
         except OSError as error:
             raise UsageError(f"--out {self.folder}: {error.strerror or error}") from None
         self.writer = tensorboard_writer()(str(self.folder)) if args.tensorboard else None
+
+    def _lock(self):
+        """Keep other programs out of the folder while this one lives; where there are no locks, as on some NFS: not."""
+        self.log_file = open(self.folder / "log.txt", "a")  # any file will do that is there anyway
+        try:
+            if fcntl:
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            flag, other = ("resume", "") if self.checkpoint else ("out", ", or name another folder")
+            raise UsageError(f"--{flag} {self.folder}: another program trains there; wait for its end{other}") from None
+        except OSError:
+            pass
+        if not self.checkpoint and (self.folder / "last.pt").exists():  # since the flags were read
+            raise UsageError(f"--out {self.folder}: holds a run already; --resume it, or name another folder")
 
     def _take_back(self):
         # Epochs after the checkpoint are run again: their lines must not stand there twice.
@@ -836,14 +1005,22 @@ class Run:
         self.before = self.checkpoint["seconds"]
 
     def _stop(self, number, frame):
-        if self.signal is not None and is_main():
+        # A terminal that closes may tell it twice.
+        if self.told and is_main() and number != getattr(signal, "SIGHUP", None):
             raise KeyboardInterrupt
-        self.signal = number if is_main() else None  # were another process to leave first, it would be missed
+        self.tell(signal.Signals(number).name, 128 + number)
+
+    def tell(self, reason, code):
+        """Let the run end after this step, saved, with this exit code."""
+        if is_main():  # were another process to leave first, it would be missed
+            self.told = self.told or (reason, code)
 
     def close(self):
-        """Give signals back to whom they belonged."""
+        """Give signals back to whom they belonged, and the folder free."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.log_file:
+            self.log_file.close()
         Run.current = None
 
     def begin_epoch(self, epoch, step, *names):
@@ -866,6 +1043,10 @@ class Run:
         step    steps taken.  loss: scalar tensor of the last one.
         raises  UsageError for a loss that is NaN or infinite; Interrupted after a signal, when all is saved.
         """
+        if self.jump:
+            flags, before = self.jump
+            self.say(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}")
+            self.jump = None
         self.unchecked.append((step, lr, loss.detach()))
         # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end
         # of an epoch, so that the rate counts steps that are done and not only asked for.
@@ -874,7 +1055,7 @@ class Run:
             self._check()
         self.line.update(step, lr=lr, **self.meters)
         # At the end of an epoch its figures come first: save() does it.
-        if step % self.epoch_steps and step < self.total_steps and (self.signal or self._minutes_are_up()):
+        if step % self.epoch_steps and step < self.total_steps and (self.told or self._minutes_are_up()):
             self._write("last.pt", step)
             self._leave_if_told(step)
 
@@ -894,10 +1075,10 @@ class Run:
         return self.every_minutes is not None and time.perf_counter() - self.saved > 60 * self.every_minutes
 
     def _leave_if_told(self, step):
-        if self.signal is not None:
-            program = Path(sys.argv[0]).name
-            raise Interrupted(self.signal, f"{signal.Signals(self.signal).name}: saved at step {step:,}; go on with\n"
-                                           f"  python {program} --resume {self.folder}")
+        if self.told:
+            reason, code = self.told
+            raise Interrupted(code, f"{reason}: saved at step {step:,}; go on with\n"
+                                    f"  python {Path(sys.argv[0]).name} --resume {self.folder}")
 
     def log(self, *, epoch, step, lr, **figures):
         """Print an epoch's line and append it to metrics.jsonl. Epoch 0 is the untrained network.
@@ -951,7 +1132,7 @@ class Run:
         self.say(line)
 
     def save(self, step, score, last):
-        """last.pt every --save-every and at the end; the best file whenever validation improves.
+        """last.pt every --save-every and at the end; the best file whenever validation improves; --keep-every's.
 
         score   of validation images, or None; a score from the test split never chooses a checkpoint.
         raises  UsageError where it cannot be written; Interrupted after a signal, when all is saved.
@@ -963,7 +1144,9 @@ class Run:
         if score is not None and args.knn_split == "val" and (self.best is None or score > self.best):
             self.best = score
             self._write(self.best_file, step)
-        if last or due or self.signal is not None:
+        if args.keep_every and step % self.epoch_steps == 0 and epoch % args.keep_every == 0:
+            self._write(f"epoch-{epoch:04}.pt", step)
+        if last or due or self.told:
             self._write("last.pt", step)
         if not last:
             self._leave_if_told(step)
@@ -1143,15 +1326,25 @@ def load_checkpoint(path, method=None):
     return checkpoint
 
 
-def restore(checkpoint, model, optimizer, scaler):
-    """Put a checkpoint's state into freshly made objects, random generators too. Returns the step."""
+def restore(checkpoint, model, optimizer, scaler, classes=None):
+    """Put a checkpoint's state into freshly made objects, random generators too. Returns the step.
+
+    classes  of the data: named where they, and not the flags, make another model than the saved one.
+    """
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1][:120]
-        raise UsageError(f"--resume: the flags make another model than the saved one: {reason}") from None
+    except (RuntimeError, ValueError):
+        then, now = ({name: tuple(value.shape) for name, value in state.items()}
+                     for state in (checkpoint["model"], model.state_dict()))
+        name, saved = next((n for n in then | now if then.get(n) != now.get(n)), None), checkpoint["classes"]
+        was, now = then.get(name, "not there"), now.get(name, "not there")
+        fault = f"{name} was {was} and is {now}" if name else "it had another optimiser"
+        fault += "; leave out the flags that it did not have"
+        if classes is not None and (was[0], now[0]) == (len(saved), len(classes)):
+            fault = (f"the data had {len(saved)} classes and has {len(classes)}, which differ in "
+                     f"{', '.join(sorted({*classes} ^ {*saved}))[:200]}; mend the data, or begin a new run")
+        raise UsageError(f"--resume: not the model of this run: {fault}") from None
     scaler.load_state_dict(checkpoint["scaler"])
     version, state, gauss = checkpoint["rng"]["python"]
     random.setstate((version, tuple(state), gauss))

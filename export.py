@@ -19,8 +19,10 @@ import common
 def parse_args(argv):
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run folder (its linear.pt, else its last.pt) or one of its .pt files")
-    add("out", metavar="OUT", help="file to write, ending in .pth; the description gets the ending .json")
+    add("run", metavar="RUN", type=common.path,
+        help="a run folder (its linear.pt, else its last.pt) or one of its .pt files")
+    add("out", metavar="OUT", type=common.path,
+        help="file to write, ending in .pth; the description gets the ending .json")
     add("--backbone-only", action="store_true", help="leave the classifier out")
     add("--force", action="store_true", help="overwrite files that are there")
     args = parser.parse_args(argv)

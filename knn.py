@@ -184,14 +184,14 @@ def parse_args(argv):
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
     network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--checkpoint", help="a run folder or one of its .pt files")
-    network.add_argument("--weights", metavar="FILE", help="instead of a run, the weights alone: a file of a ResNet-18 "
-                         "with torchvision's names")
+    network.add_argument("--checkpoint", type=common.path, help="a run folder or one of its .pt files")
+    network.add_argument("--weights", metavar="FILE", type=common.path, help="instead of a run, the weights alone: a "
+                         "file of a ResNet-18 with torchvision's names")
     parser.flag("--image-size", "side of the pictures, with --weights", common.SHAPES, type=common.number(int, low=8))
-    add("--data", help="other pictures than those of the run, of any form that the methods take; with --weights toy, "
-        "unless given")
-    add("--data-root", help="where a named data set lies (default: that of the run)")
-    add("--cache", help="folder for packed pictures (default: that of the run)")
+    add("--data", type=common.path, help="other images than those of the run, of any form that the methods take; "
+        "with --weights toy, unless given")
+    add("--data-root", type=common.path, help="where a named data set lies (default: that of the run)")
+    add("--cache", type=common.path, help="folder for packed pictures (default: that of the run)")
     add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
     add("--split", choices=("val", "test"), default="val", help="which images are the queries")
     add("--k", type=common.number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
@@ -336,16 +336,18 @@ def main(argv=None):
           f"images, {name}, {bank_features.shape[1]} features")
     if not measured:
         print(f"no accuracy: it takes labelled training and labelled {args.split} images")
-    first = None
-    for k in args.k if measured else ():
+    if measured and max(args.k) > len(labels):
+        print(f"note    there are {len(labels):,} to vote: k is {len(labels):,} where it is more")
+    first, ks = None, list(dict.fromkeys(min(k, len(labels)) for k in args.k)) if measured else []
+    for k in ks:
         scores = knn_predict(query_features, bank_features, labels, len(dataset.classes), k, args.temperature)
-        order = scores.topk(min(5, len(dataset.classes)), dim=1).indices
-        right = order == truth[:, None]
+        votes, order = scores.topk(min(5, len(dataset.classes)), dim=1)
+        right = (order == truth[:, None]) & (votes > 0)  # a class without a vote was not named
         top1, top5 = (100.0 * right[:, :n].any(dim=1).sum().item() / len(truth) for n in (1, 5))
         print(f"k {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
         first = order[:, 0] if first is None else first
     if measured:
-        print(f"\nk {args.k[0]}:")
+        print(f"\nk {ks[0]}:")
         print("\n".join(class_table(first.cpu(), truth.cpu(), dataset.classes)))
     if args.neighbours:
         neighbour_grid(args.neighbours, queries, bank, query_features, bank_features)

@@ -112,9 +112,9 @@ def parse_args(argv=None):
     parser.set_defaults(save_every=None)
     add = parser.flag
     add("--checkpoint", "the pre-training run: its folder (then last.pt counts, as in the papers) or a .pt file",
-        metavar="RUN", type=os.path.abspath)
+        metavar="RUN", type=common.absolute_path)
     add("--weights", "instead of a run, the weights alone: a file of a ResNet-18 with torchvision's names",
-        metavar="FILE", type=os.path.abspath)
+        metavar="FILE", type=common.absolute_path)
     add("--image-size", "without a run: side of a view in pixels", common.SHAPES, type=common.number(int, low=8))
     add("--stem", "with neither run nor weights: first layers of the network", common.SHAPES,
         choices=("cifar", "imagenet"))
@@ -126,8 +126,8 @@ def parse_args(argv=None):
                          ("from-scratch", "train everything, from random weights: the baseline of --finetune")):
         ways.add_argument(f"--{way}", dest="way", action="store_const", const=way, help=meaning)
     add("--data", f"folder of pictures, or {', '.join(common.NAMED_DATA)} (default: that of the run); its classes "
-        "are those to learn")
-    add("--data-root", "where named data sets lie (default: that of the run)")
+        "are those to learn", type=common.path)
+    add("--data-root", "where named data sets lie (default: that of the run)", type=common.path)
     add("--label-fraction", "part of the labelled training images that is used, of each class alike, drawn "
         "by --seed; the others do not train", type=common.number(float, above=0, high=1), default=1.0)
     add("--layer", "whose pooled output the linear layer reads; RotNet's best is a middle one",

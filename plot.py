@@ -49,7 +49,7 @@ STYLES = ("-", "--", ":", "-.")
 
 # Flags that say where and how often, not what was trained: they never tell two runs apart.
 PLUMBING = {"method", "way", "data_root", "download", "cache", "skip_unreadable", "out", "resume", "quiet",
-            "tensorboard", "views_png", "save_every", "knn_every", "test", "confusion", "eval_every",
+            "tensorboard", "views_png", "save_every", "keep_every", "knn_every", "test", "confusion", "eval_every",
             "stop_at_accuracy"}
 
 Run = collections.namedtuple("Run", "folder args rows")
@@ -253,8 +253,9 @@ def draw(runs, labels, against="epochs"):
 def parse_args(argv):
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folders; curves of all are laid over each other")
-    add("--out", default="curves.png", help=f"file to write, of a kind that its ending says: {', '.join(ENDINGS)}")
+    add("runs", nargs="+", metavar="RUN", type=common.path, help="run folders; curves of all are laid over each other")
+    add("--out", type=common.path, default="curves.png",
+        help=f"file to write, of a kind that its ending says: {', '.join(ENDINGS)}")
     add("--against", choices=("epochs", "seconds"), default="epochs",
         help="the horizontal axis; long times are shown in minutes or hours")
     add("--labels", nargs="+", metavar="NAME", help="names for the legend, one a run, in their order")

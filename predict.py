@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import textwrap
 import unicodedata
@@ -50,16 +49,17 @@ FIELDS = ("file", "class", "class_index", "probability", "runner_up", "runner_up
 def parse_args(argv):
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
-    add("images", nargs="+", help="picture files, and folders of them")
-    add("--checkpoint", required=True, help="a run folder or one of its .pt files; of a linear.py run, its linear.pt")
+    add("images", nargs="+", type=common.path, help="picture files, and folders of them")
+    add("--checkpoint", required=True, type=common.path,
+        help="a run folder or one of its .pt files; of a linear.py run, its linear.pt")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="comma-separated values with a header")
     add("--neighbours", metavar="PNG", type=common.png_file,
         help=f"draw up to {SHOWN} of the pictures beside their nearest training images")
-    add("--data", help="training images that vote and are shown (default: those of the run)")
-    add("--data-root", help="where a named data set lies (default: that of the run)")
-    add("--cache", help="folder for packed training images (default: that of the run)")
+    add("--data", type=common.path, help="training images that vote and are shown (default: those of the run)")
+    add("--data-root", type=common.path, help="where a named data set lies (default: that of the run)")
+    add("--cache", type=common.path, help="folder for packed training images (default: that of the run)")
     add("--k", type=common.number(int, low=1), default=200, help="neighbours that vote, all if there are fewer")
     # Votes are exp(similarity / temperature): below 0.02 they would leave the range of float32.
     add("--temperature", type=common.number(float, low=0.02), default=0.1, help="of the votes")
@@ -124,10 +124,11 @@ def answers(files, unreadable, probabilities, classes):
         if i in unreadable:
             yield row | {"error": unreadable[i]}
             continue
-        best, share = next(order), [round(p, 6) for p in next(shares)]
+        best, exact = next(order), next(shares)
+        best, share = best[:1] + [c for c in best[1:] if exact[c] > 0], [round(p, 6) for p in exact]
         if best:  # without labelled training images there is no class
             row |= {"class": classes[best[0]], "class_index": best[0], "probability": share[best[0]]}
-        if len(best) > 1:  # of a single class there is no second
+        if len(best) > 1:  # no other class, or none that got a vote
             row |= {"runner_up": classes[best[1]], "runner_up_probability": share[best[1]]}
         yield row | {"probabilities": dict(zip(classes, share, strict=True))}
 
@@ -335,17 +336,11 @@ def predict(args, out):
 @common.command
 def main(argv=None):
     args, out = parse_args(argv), sys.stdout
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # whatever others print on the way
-            code = predict(args, out)
-        out.flush()
-    except OSError as error:  # of reading, others have made a UsageError or a line of its own
-        raise common.UsageError(f"stdout: cannot write the answers: {error.strerror}") from None
-    return code
+    if hasattr(out, "reconfigure"):
+        out.reconfigure(encoding="utf-8", errors="surrogateescape")  # names of files may be any bytes
+    with contextlib.redirect_stdout(sys.stderr):  # whatever others print on the way
+        return predict(args, out)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names of files may be any bytes
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this process quietly, as any other
     sys.exit(main())

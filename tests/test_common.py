@@ -207,7 +207,8 @@ class Model(torch.nn.Module):
 
 def make_args(folder, **changes):
     args = dict(data="toy", out=str(folder), quiet=True, tensorboard=False, save_every=1, knn_split="val", lr=0.1,
-                batch_size=4, amp="auto", image_size=32, stem="cifar", width=4, epochs=3, warmup_epochs=0.0)
+                batch_size=4, amp="auto", image_size=32, stem="cifar", width=4, epochs=3, warmup_epochs=0.0,
+                keep_every=None)
     return argparse.Namespace(**(args | changes))
 
 
@@ -227,9 +228,9 @@ def signals_are_given_back():
 
 
 def start_run(args, checkpoint=None, parts=None):
-    run = common.Run("simsiam", args, Source, checkpoint)
     if common.Run.current:
         common.Run.current.close()
+    run = common.Run("simsiam", args, Source, checkpoint)
     run.start(*(parts or make_parts()), Dataset, total_steps=9, epoch_steps=3, device=torch.device("cpu"), lr=0.1,
               chance="0")
     return run
