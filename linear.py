@@ -125,8 +125,8 @@ def parse_args(argv=None):
                          ("finetune", "train everything, from the run's weights"),
                          ("from-scratch", "train everything, from random weights: the baseline of --finetune")):
         ways.add_argument(f"--{way}", dest="way", action="store_const", const=way, help=meaning)
-    add("--data", f"folder of pictures, or {', '.join(common.NAMED_DATA)} (default: that of the run); its classes "
-        "are those to learn", type=common.path)
+    add("--data", f"folder of pictures, or {', '.join(common.NAMED_DATA)} (default: that of the run, without one "
+        "toy); its classes are those to learn", type=common.path)
     add("--data-root", "where named data sets lie (default: that of the run)", type=common.path)
     add("--label-fraction", "part of the labelled training images that is used, of each class alike, drawn "
         "by --seed; the others do not train", type=common.number(float, above=0, high=1), default=1.0)
