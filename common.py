@@ -323,7 +323,8 @@ WORDS = {
     "unfreeze": "linear.py --finetune", "moco-k": "--queue-size", "moco-m": "--momentum-encoder",
     "moco-t": "--temperature", "tau": "--temperature", "learning-rate": "--lr", "wd": "--weight-decay",
     "bs": "--batch-size", "b": "--batch-size", "arch": "--width (of a ResNet-18)", "gpu": "--device",
-    "pretrained": "--checkpoint", "workers": "all cores work anyway", "num-workers": "all cores work anyway",
+    "pretrained": "--checkpoint", "ckpt": "--checkpoint", "workers": "all cores work anyway",
+    "num-workers": "all cores work anyway",
 }
 
 
@@ -356,31 +357,30 @@ def is_main():
 
 
 def complain(message, code):
-    silence_stdout()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
     if is_main():
         with contextlib.suppress(OSError):  # the terminal has gone
             print(message, file=sys.stderr)
     sys.exit(code)
 
 
+def silence_stdout():
+    """Once it has failed: nothing goes there any more, and what still waits does not fail when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def show(text, end="\n"):
     """print() to a stdout that may be gone: a run that has begun saves first, then ends."""
     try:
         print(text, end=end, flush=True)
-    except OSError:
-        lost = silence_stdout()
+    except OSError as error:
         if not (Run.current and Run.current.started):
             raise
-        Run.current.tell(f"stdout: {lost.strerror}", PIPE_CLOSED if isinstance(lost, BrokenPipeError) else 2)
-
-
-def silence_stdout():
-    """What the system says against writing to stdout, or None. Then nothing goes there any more, nor fails."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
+        silence_stdout()
+        Run.current.tell(f"stdout: {error.strerror}", PIPE_CLOSED if isinstance(error, BrokenPipeError) else 2)
 
 
 def command(main):
@@ -399,12 +399,13 @@ def command(main):
             sys.stdout.flush()  # what it does not take is said here, not when Python has ended
             return code
         except OSError as error:
-            lost = silence_stdout()
-            if isinstance(lost or error, BrokenPipeError):
-                sys.exit(PIPE_CLOSED)
-            if not (lost or error.filename):
+            if error.errno is None:
                 raise
-            complain(f"{name}: error: {printable(str('stdout' if lost else error.filename))}: {error.strerror}", 2)
+            if error.filename is None:  # of what has no name, only stdout is written without a care
+                silence_stdout()
+            if isinstance(error, BrokenPipeError):
+                sys.exit(PIPE_CLOSED)
+            complain(f"{name}: error: {printable(str(error.filename or 'stdout'))}: {error.strerror}", 2)
         except UsageError as error:
             complain(f"{name}: error: {error}", 2)
         except Interrupted as error:
@@ -500,9 +501,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action, value):  # argparse's names no nearest
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            near = "".join(f"did you mean {near}? " for near in difflib.get_close_matches(str(value), choices, 1))
-            raise argparse.ArgumentError(action, f"{value!r} is none of its values; {near}Choose from "
-                                                 f"{', '.join(choices)}")
+            near = difflib.get_close_matches(str(value).lower(), choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(action, f"no such value: {value!r}{hint} (choose from {', '.join(choices)})")
 
 
 def number(kind, low=None, high=None, above=None):
@@ -519,7 +520,8 @@ def number(kind, low=None, high=None, above=None):
             raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {word}") from None
         smallest, largest = (1, 2**63 - 1) if kind is int else (1e-30, 1e30)
         if value and not smallest <= abs(value) <= largest:  # nor is nan
-            raise argparse.ArgumentTypeError(f"{text[:80]} must lie between {smallest:g} and {largest:g}")
+            allowed = f"at most {largest}" if kind is int else f"from {smallest:g} to {largest:g}"
+            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range, {allowed}")
         too_low = (low is not None and value < low) or (above is not None and value <= above)
         if too_low or (high is not None and value > high):
             bounds = [f"at least {low}"] if low is not None else []
