@@ -447,6 +447,9 @@ def find_splits(folder):
             raise refused(folder, f"{whole[0]['train'][0].name} has no class folders, and beside it is {some(beside)}: "
                                   "are these splits or classes?")
         return whole[0]
+    alone = groups.get(("", ""), {}).get("train")
+    if alone and alone == folder.filled:
+        return {"train": alone}
     # A word alone tells little: test_tube is a class. But val is none, nor what holds the classes of its siblings.
     for rest, group in groups.items():
         lone = [sub for part in SPLITS for sub in group.get(part, ())]
@@ -769,8 +772,8 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
         if part is not None and not quiet:
             brightest = part.images[:: max(1, len(part) // 100)].flatten(1).amax(dim=1)  # of about a hundred
             if (brightest <= 16).float().mean() > 0.5:
-                print(f"note: most {split} pictures are nearly black, at most 16 of 255; if they are deep ones that "
-                      "fill\nfew of their bits, scale them first", flush=True)
+                print(f"note    most {split} pictures are nearly black, at most 16 of 255; if they are deep ones "
+                      "that fill few of\n        their bits, scale them first", flush=True)
     return Dataset(packed["train"], packed["val"], packed["test"], source.classes, source.mean, source.std,
                    size, source.name, source.kind)
 

@@ -157,6 +157,7 @@ def splits_of(folder):
     ("food_train/a food_val/a food_eval", {"train": "a", "val": "a"}),
     ("1_train/a {val}/a", {"train": "a", "val": "a"}),
     ("one/more/train/a one/more/val/a", {"train": "a", "val": "a"}),
+    ("train/a", {"train": "a"}),
     ("s_train/s_train/a s_train/s_train/b s_test/s_test/a", {"train": "a b", "test": "a"}),
     # unlabelled images of the training split
     ("train/a train/b val/a train_unl", {"train": "a b None", "val": "a"}),
