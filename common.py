@@ -334,7 +334,7 @@ def printable(text):
 
 
 class UsageError(Exception):
-    """Something the user can mend: one line that names the flag or file and the fix."""
+    """Something the user can fix: one line that names the flag or file and the fix."""
 
     def __init__(self, text):
         super().__init__(printable(text))
@@ -598,16 +598,16 @@ def training_parser(doc, recipes, without=()):
         "and runs out of memory", choices=("cifar", "imagenet"))
     add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))
     add("--epochs", "passes over the training images", type=whole(low=1))
-    add("--batch-size", "images a step", type=whole(low=2))
+    add("--batch-size", "images per step", type=whole(low=2))
     rates = parser.add_mutually_exclusive_group()
-    add("--lr", "learning rate per 256 images: a step's is in proportion to its batch; too high: the loss stays at "
-        "chance or turns NaN", type=real(above=0), action=Rate, group=rates)
-    add("--step-lr", "in place of --lr: the rate per step itself, whatever the batch, as most articles give it",
+    add("--lr", "learning rate per 256 images; that of a step is in proportion to the batch size; too high: the loss "
+        "stays at chance or turns NaN", type=real(above=0), action=Rate, group=rates)
+    add("--step-lr", "instead of --lr: the learning rate per step, whatever the batch size, as most articles give it",
         type=real(above=0), action=Rate, group=rates)
     add("--weight-decay", "L2 penalty", type=real(low=0))
-    add("--warmup-epochs", "epochs over which the rate climbs; by default fewer in proportion where --epochs are fewer",
+    add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs",
         type=real(low=0))
-    add("--seed", "of weights, order and views", type=whole(low=0), default=0)
+    add("--seed", "random seed for weights, data order and views", type=whole(low=0), default=0)
     add("--device", "auto (cuda, mps, cpu), or one of them, or cuda:1", default="auto")
     add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
     add("--compile", "torch.compile: a minute or more at first, faster steps after", action="store_true")
@@ -618,15 +618,15 @@ def training_parser(doc, recipes, without=()):
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
         const=NEWEST, type=path)
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
-    add("--keep-every", "epochs between checkpoints that stay, as epoch-0050.pt; all can be told by "
-        "--checkpoint", type=whole(low=1))
+    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt; --checkpoint takes each",
+        type=whole(low=1))
     add("--knn-every", "epochs between kNN evaluations, 0: never; each costs a tenth of an epoch or more",
         type=whole(low=0))
     add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
     add("--knn-t", "temperature of their votes", type=real(low=0.02), default=0.1)
     add("--knn-split", "test: train on every training image and query the test split, as published CIFAR "
         "curves do; then it chooses nothing and there is no best.pt", choices=("val", "test"), default="val")
-    add("--views-png", "write what the network sees, a row an image, and leave", metavar="FILE", type=png_file)
+    add("--views-png", "write what the network sees, one row per image, and exit", metavar="FILE", type=png_file)
     add("--quiet", "print nothing but errors; log.txt still has it all", action="store_true")
     add("--tensorboard", "write the figures for TensorBoard too", action="store_true")
     add("--max-steps", "end after this many steps; the schedule is fitted to it", type=whole(low=1))
@@ -926,7 +926,7 @@ class Run:
         facts = {
             "recipe": recipe,
             "lr": f"{lr:g} per step of {args.batch_size} images" + (f" ({args.lr:g} per 256)" if args.lr else ""),
-            "steps": f"{epoch_steps:,} an epoch, {total_steps:,} in all, on {precision}",
+            "steps": f"{epoch_steps:,} per epoch, {total_steps:,} in all, on {precision}",
             "chance": f"loss {chance}",
             "writes": f"{self.folder}",
         }
@@ -1345,7 +1345,7 @@ def restore(checkpoint, model, optimizer, scaler, classes=None):
         fault += "; leave out the flags that it did not have"
         if classes is not None and (was[0], now[0]) == (len(saved), len(classes)):
             fault = (f"the data had {len(saved)} classes and has {len(classes)}, which differ in "
-                     f"{', '.join(sorted({*classes} ^ {*saved}))[:200]}; mend the data, or begin a new run")
+                     f"{', '.join(sorted({*classes} ^ {*saved}))[:200]}; restore the data, or start a new run")
         raise UsageError(f"--resume: not the model of this run: {fault}") from None
     scaler.load_state_dict(checkpoint["scaler"])
     version, state, gauss = checkpoint["rng"]["python"]
@@ -1463,7 +1463,7 @@ def load_backbone(checkpoint, device="cpu"):
 
 
 def save_views(path, images, views, mean, std, rows=8):
-    """PNG of what the network sees: a row an image, first the packed picture, then its views.
+    """PNG of what the network sees: one row per image, first the packed picture, then its views.
 
     images  (N, 3, S, S) uint8.  views: list of (N, 3, s, s) normalised floats, row i from image i.
     """
@@ -1476,4 +1476,4 @@ def save_views(path, images, views, mean, std, rows=8):
         save_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0), path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot write the picture: {error}") from None
-    print(f"wrote {path}: in each row an image, then its {len(views)} views")
+    print(f"wrote {path}: one image per row, then its {len(views)} views")

@@ -86,7 +86,7 @@ TOOLS = [{"pyvenv.cfg"}, {"images.bin", "meta.pt"},  # what lies in folders of t
 MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(hei|hev|mif|msf|avi|crx)|....JXL ",
                    re.DOTALL)
 RAW = re.compile(r"\.(hei[cf]|avif|jxl|dng|nef|cr[23]|arw|orf|rw2|raf)")  # what Pillow does not read
-SHAPES = ("understood are train/, val/, test/ folders of class folders, class folders without a split, "
+SHAPES = ("supported layouts: train/, val/, test/ folders of class folders, class folders without a split, "
           "loose images, food-11, and a folder that holds cifar-10-batches-py or cifar-100-python")
 
 
@@ -540,7 +540,7 @@ class Folder:
             is_image = os.path.splitext(name)[1].lower() in extensions
             (self.below if is_folder else self.images if is_image else self.others).append(file)
             if not is_folder and not is_image and os.path.islink(file) and not os.path.exists(file):
-                raise UsageError(f"{printable(file)}: a link that leads nowhere; mend or remove it")
+                raise UsageError(f"{printable(file)}: a broken link; repair or remove it")
         self.of_tools = any(marks <= {name for name, _ in entries} for marks in TOOLS)
 
     @functools.cached_property
@@ -614,8 +614,8 @@ def from_files(name, root, found, headline, holdout, notes=(), food=False):
             notes.append(("", f"the training images have no labels: those of the {split} images are not used"))
         elif c:
             like = [k for k in classes if k.casefold() == c.casefold()]
-            mend = f'"{like[0]}" differs from it in case' if like else "add it to the training split or remove it"
-            wrong[split] = f'{path}: class "{c}" of the {split} split has no training images; {mend}'
+            fix = f'"{like[0]}" differs from it in case' if like else "add it to the training split or remove it"
+            wrong[split] = f'{path}: class "{c}" of the {split} split has no training images; {fix}'
     if "val" in wrong:
         raise UsageError(wrong["val"])
     rows = {s: [(path, number.get(c, -1)) for path, c in found.get(s, ())] for s in SPLITS}
@@ -644,7 +644,7 @@ def from_files(name, root, found, headline, holdout, notes=(), food=False):
 
 
 def name_classes(root, classes, food, notes):
-    """Their names: from classes.txt, a name a line, or those of food-11's numbers."""
+    """Their names: from classes.txt, one name per line, or those of food-11's numbers."""
     try:
         lines = Path(root, "classes.txt").read_text(encoding="utf-8-sig").splitlines() if classes else []
     except (OSError, ValueError):
@@ -1218,7 +1218,7 @@ class Batches:
         self.prefetch = None  # True or False overrides the choice of `batches`
 
     def __len__(self):
-        """Steps an epoch."""
+        """Steps per epoch."""
         whole, rest = divmod(len(self.split), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
@@ -1241,7 +1241,7 @@ class Batches:
         if not steps:
             return
         rows = [step.tensor_split(self.world)[self.rank] for step in steps]
-        rows_there = torch.cat(rows).to(self.device).split([len(r) for r in rows])  # one transfer an epoch
+        rows_there = torch.cat(rows).to(self.device).split([len(r) for r in rows])  # one transfer per epoch
         labels = self.split.labels.to(self.device)
         prefetch = self.prefetch
         if prefetch is None:

@@ -58,7 +58,7 @@ Health      The loss starts near log(classes). A train_top1 near 100 with a
             much lower top1: too few labels for so many features; --probe and
             --finetune, with their random crops, get more out of them. `toy`
             is easy where there are labels: 200 of them, from scratch, reach
-            99.9 %, more than any probe. With one a class (--label-fraction
+            99.9 %, more than any probe. With one per class (--label-fraction
             0.0025) that falls to 34.5 %, while a --probe of SimCLR's run
             has 96.9 % (one seed, validation images).
 """
@@ -171,7 +171,7 @@ def parse_args(argv=None):
         parser.error(f"--{'raw-features' if args.raw_features else 'layer'}: only for a frozen network, that is "
                      f"--cached or --probe; --{args.way} trains all of it")
     if args.way == "cached" and args.crop:
-        parser.error("--crop: --cached sees plain views only; take --probe")
+        parser.error("--crop: --cached sees evaluation views only; take --probe")
     if args.no_validation and not args.test:
         parser.error("--no-validation: then nothing would be measured; add --test")
     if args.no_validation and args.stop_at_accuracy:
@@ -199,7 +199,7 @@ def inherit(args, pretrained):
 def fill_recipe(args, kind, images, passes):
     """Give every flag that is still None its default.
 
-    kind    of the data.  images: labelled ones that train, `passes` times an epoch.
+    kind    of the data.  images: labelled ones that train, `passes` times per epoch.
     raises  UsageError for a batch larger than that.
     """
     recipe = RECIPES[args.way] | (TOY[args.way] if kind == "toy" else {})
@@ -221,12 +221,12 @@ def fill_recipe(args, kind, images, passes):
 
 def check_labels(args, classes, counts):
     """counts: {split: labelled images}.  raises  UsageError where there is nothing to learn or to measure."""
-    mend = {"train": "linear.py needs classes",
+    fix = {"train": "linear.py needs classes",
             "test": "leave --test out or, for an honest figure, keep a part of validation as the labelled test split",
             "val": "--no-validation --test trains without, or give data that has some"}
     for split, count in counts.items():
         if count == 0:
-            raise common.UsageError(f"--data {args.data}: no labelled {split} images; {mend[split]}")
+            raise common.UsageError(f"--data {args.data}: no labelled {split} images; {fix[split]}")
     if len(classes) < 2:
         raise common.UsageError(f"--data {args.data}: one class only, {classes[0]}; there is nothing to tell apart")
 
@@ -303,7 +303,7 @@ def view(images, aspect, generator, args, mean, std):
 
 
 def plain_features(backbone, layer, split, dataset, device, autocast):
-    """(N, C) float32 on the device: the pooled output of a layer for every image of a split, plain views."""
+    """(N, C) float32 on the device: the pooled output of a layer for every image of a split, evaluation views."""
     network = knn.Layers(backbone, (layer,)).train(backbone.training)
     return knn.extract(network, split, dataset, device, autocast)[layer]
 
@@ -548,7 +548,7 @@ def main(argv=None):
     step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
                      chance=f"{formula} = {chance:.3g}, top-1 {100 / classes:.3g} %",
                      extra=lambda: {"layer": args.layer, "classifier": model.plain()})
-    run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} an epoch")
+    run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} per epoch")
     if step == 0 and not args.no_validation:
         run.log(epoch=0, step=0, lr=None, **evaluate())
     if args.compile:

@@ -106,7 +106,7 @@ def parse_args(argv=None):
     add("--dim", "C, width of queries and keys", type=common.number(int, low=2), default=128)
     add("--bn-splits", "groups of a batch, each with its own BatchNorm statistics as on a GPU of its own "
         "(default: 8, fewer where a group would have less than 4 images)", type=common.number(int, low=1))
-    add("--symmetric", "both views are queries, twice the work a step", action="store_true")
+    add("--symmetric", "both views are queries, twice the work per step", action="store_true")
     add("--v1", "the first paper: linear head, T 0.07, its views, lr / 10 at 60 and 80 %% of the run",
         action="store_true")
     add("--no-shuffle-bn", "ablation: query and key share a BatchNorm group, which gives the answer away",

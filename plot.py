@@ -33,10 +33,10 @@ TITLES = {
     "train_top1": "accuracy, %",
     "lr": "learning rate",
     "std": "std of outputs (1: spread, 0: collapsed)",
-    "accuracy": "other view found first, share",
-    "val_rotation": "rotations named right, %",
-    "test_rotation": "rotations named right, %",
-    "rotation": "rotations named right, %",
+    "accuracy": "share of images whose own view is nearest",
+    "val_rotation": "rotation accuracy, %",
+    "test_rotation": "rotation accuracy, %",
+    "rotation": "rotation accuracy, %",
     "top5": "top-5 accuracy, %",
     "class_mean": "accuracy, mean of the classes, %",
 }
@@ -258,7 +258,7 @@ def parse_args(argv):
         help=f"file to write, of a kind that its ending says: {', '.join(ENDINGS)}")
     add("--against", choices=("epochs", "seconds"), default="epochs",
         help="the horizontal axis; long times are shown in minutes or hours")
-    add("--labels", nargs="+", metavar="NAME", help="names for the legend, one a run, in their order")
+    add("--labels", nargs="+", metavar="NAME", help="names for the legend, one per run, in their order")
     args = parser.parse_args(argv)
     args.out = Path(args.out)
     if args.out.suffix.lower() not in ENDINGS:

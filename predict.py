@@ -112,7 +112,7 @@ def read_files(files, size, pool):
 
 
 def answers(files, unreadable, probabilities, classes):
-    """Yields a dictionary a file: FIELDS and "probabilities", or what is wrong with it under "error".
+    """Yields one dictionary per file: FIELDS and "probabilities", or what is wrong with it under "error".
 
     probabilities  (N, classes) double, a row for each file that is not in `unreadable`.
     """
@@ -134,7 +134,7 @@ def answers(files, unreadable, probabilities, classes):
 
 
 class Table:
-    """A line a file, in 80 columns or the width of a wider terminal. title: of the probabilities."""
+    """One line per file, in 80 columns or the width of a wider terminal. title: of the probabilities."""
 
     def __init__(self, out, files, classes, title):
         def widest(names):
@@ -163,7 +163,7 @@ class Table:
 
 
 class Csv:
-    """A header, then a line a file; without the probabilities of all classes."""
+    """A header, then one line per file; without the probabilities of all classes."""
 
     def __init__(self, out):
         self.writer = csv.DictWriter(out, [*FIELDS, "error"], extrasaction="ignore", lineterminator="\n")
@@ -177,7 +177,7 @@ class Csv:
 
 
 class Json:
-    """One list, an object a line, written as it comes: no number of files fills the memory."""
+    """One list, one object per line, written as it comes: no number of files fills the memory."""
 
     def __init__(self, out):
         self.out, self.before = out, "[\n"

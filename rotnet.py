@@ -286,7 +286,7 @@ def main(argv=None):
                           layers=("layer2", "layer3", "layer4"))
     held_out = getattr(dataset, args.knn_split)  # None where the data has no such split
 
-    def turned_right():
+    def held_out_scores():
         """{"val_loss": ..., "val_rotation": percent}, or those of the test split; empty where it has no images."""
         if held_out is None or not common.is_main():
             return {}
@@ -300,7 +300,7 @@ def main(argv=None):
     if monitor.missing:
         run.say(f"note    no kNN: {monitor.missing}")
     if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, lr=None, **turned_right(), **monitor(model.backbone))
+        run.log(epoch=0, step=0, lr=None, **held_out_scores(), **monitor(model.backbone))
     if args.compile:
         common.compile_model(model, run)
     network = distributed.parallel(model, device)                                               # [DDP]
@@ -335,7 +335,7 @@ def main(argv=None):
         finished = epoch + 1
         last = step == total_steps
         due = args.knn_every and (last or finished % args.knn_every == 0)
-        held = turned_right() if due or args.stop_at_accuracy else {}
+        held = held_out_scores() if due or args.stop_at_accuracy else {}
         stop = not last and held.get("val_rotation", 0) >= (args.stop_at_accuracy or math.inf)
         stop = distributed.same(stop)                                                           # [DDP]
         if stop:

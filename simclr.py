@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--blur", "chance of a Gaussian blur; not for views of 32 px",
         type=common.number(float, low=0, high=1))
     add("--grey", "chance of a view without colour", type=common.number(float, low=0, high=1))
-    add("--jitter-strength", "s of the colour jitter; too weak: colours alone tell the pictures apart",
+    add("--jitter-strength", "s of the colour jitter; too weak: colours alone tell the images apart",
         type=common.number(float, low=0, high=2.5))
     add("--temperature", "T of the loss; too low: only the hardest negatives count, too high: all alike",
         type=common.number(float, above=0))
@@ -373,7 +373,7 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         row = run.log(epoch=finished, step=step, lr=lr, **scores)
         if row["loss"] > chance - 0.01:
-            run.say("  at chance: no output finds its partner. If --min-crop is small, raise it; or\n"
+            run.say("  at chance: nothing is being learned. If --min-crop is small, raise it; or\n"
                     f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
         run.save(step, scores["knn"], last)
     run.finish()

@@ -201,7 +201,7 @@ def test_two_readings_are_refused(tmp_path, folders, words):
             picture(tmp_path / name / f"{i}.png")
     with pytest.raises(UsageError) as error:
         data.open_source(tmp_path)
-    assert words in line_of(error) and "understood are" in str(error.value)
+    assert words in line_of(error) and "supported layouts" in str(error.value)
 
 
 @pytest.mark.parametrize("names", ["{0:04}_left {0:04}_right", "0{0}_left 0{0}_right", "{0}_1",

@@ -328,7 +328,7 @@ def test_an_epoch_of_few_labels_shows_each_of_them_equally_often():
 def test_label_fraction_of_a_run(pretrained, tmp_path):
     saved = go(pretrained, tmp_path / "run", "--label-fraction", 0.25, "--epochs", 2, "--probe")
     log = (tmp_path / "run/log.txt").read_text()
-    assert "trains  on 10 labelled images, 4 passes an epoch" in log  # 3, 5 and 2
+    assert "trains  on 10 labelled images, 4 passes per epoch" in log  # 3, 5 and 2
     assert saved["args"]["batch_size"] == 10 and saved["args"]["label_fraction"] == 0.25
     row = common.read_metrics(tmp_path / "run")[-1]
     assert row["step"] == 8 and json.loads((tmp_path / "run/scores.json").read_text())["val"]["images"] == 17

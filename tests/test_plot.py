@@ -99,7 +99,7 @@ def test_losses_of_held_out_images_stand_beside_those_of_training_images(make_ru
     assert [line.get_linewidth() > 1 for line in figure.legends[0].get_lines()] == [True, True]
     found = panels(drawn(*runs, turns))
     assert [y for _, _, y in found["loss (rotnet) (thin: training images)"]] == [[1.1], [1.0]]
-    assert [y for _, _, y in found["rotations named right, % (thin: training images)"]] == [[40.0], [30.0]]
+    assert [y for _, _, y in found["rotation accuracy, % (thin: training images)"]] == [[40.0], [30.0]]
     assert len(found["loss (linear) (thin: training images)"]) == 4
     assert "loss" in panels(drawn(make_run("alone")))  # nothing beside it: the title names no kind of images
 
