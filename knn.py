@@ -1,6 +1,7 @@
 """Weighted k-nearest-neighbour classification on frozen features: function, monitor and command.
 
     python knn.py --checkpoint runs/simsiam-toy-.../last.pt --neighbours grid.png
+    python knn.py --weights resnet18.pth --data ./food-11          (a ResNet-18 from elsewhere)
 
 How good are features without labels? Keep the network fixed, let the k training images nearest to a
 validation image vote on its class, and count how often they are right. Nothing is trained, little to tune.
@@ -8,7 +9,8 @@ validation image vote on its class, and count how often they are right. Nothing 
 Source      Wu et al. 2018, arXiv 1805.01978, Section 3.4: k 200, cosine similarity s, votes exp(s / 0.07), on their
             128-d output. The temperature 0.1 is that of MoCo's CIFAR notebook (again on the 128-d output).
 Features    the backbone's pooled output in eval mode (never the projector, unless --projector asks for it), of
-            the centre crop of each image; bank = labelled training images.
+            the centre crop of each image; bank = labelled training images. (Without labels --neighbours still
+            shows what lies near what; there is no accuracy.)
 """
 
 import argparse

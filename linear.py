@@ -4,6 +4,8 @@
     python linear.py --checkpoint RUN --probe --test        as papers measure
     python linear.py --checkpoint RUN --finetune --label-fraction 0.1
     python linear.py --checkpoint RUN --from-scratch --label-fraction 0.1
+    python linear.py --from-scratch --data ./food-11        no run before it
+    python linear.py --weights resnet18.pth --data ./food-11    others' weights
 
 Ways        --cached        a linear layer on features of evaluation
                             views, computed once: seconds
@@ -11,7 +13,7 @@ Ways        --cached        a linear layer on features of evaluation
                             random crops
             --finetune      everything trains, from the run's weights
             --from-scratch  everything trains, from random weights: what the
-                            labels alone give
+                            labels alone give; it needs no run
 Sources     MoCo     1911.05722, section 4.1      SimCLR  2002.05709, B.5, B.6
             SimSiam  2011.10566, appendix A       RotNet  1803.07728, 4.1
             and the authors' code

@@ -6,6 +6,7 @@
 Classifier  a run of linear.py: the softmax of its logits.
 Votes       any other run: the labelled training images nearest to a picture
             vote, as in knn.py; the probability is the share of the votes.
+            Without labels there is no class; --neighbours still works.
 Pictures    pass through the very code that evaluates: answers about the files
             of a split have exactly the accuracy that was printed for it.
 Output      on stdout the answers alone, as a table, or with --json or --csv;
