@@ -352,7 +352,8 @@ def open_folder(path, holdout, name=None, rename=None):
     rename = {c: (rename or {}).get(c, c) for items in found.values() for _, c in items}
     found = {s: [(file, rename[c]) for file, c in items] for s, items in found.items()}
     left_out(top, [file for items in found.values() for file, _ in items], foreign, notes)
-    useless = [file for file in others if file not in {*foreign, os.path.join(folder.path, "classes.txt")}]
+    useful = {*foreign, os.path.join(folder.path, "classes.txt")}
+    useless = [file for file in others if file not in useful]
     if useless:
         notes.append(("ignored", no_images(useless)))
     name = name or re.sub(r"[^\w.-]+", "-", os.path.basename(path)).strip("-.") or "images"
