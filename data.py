@@ -503,8 +503,9 @@ def read_split(folder):
     From class folders, perhaps below `labeled`; those below `unlabeled` have none. Without such folders the images
     lie loose.
     """
-    if [f.name for f in folder.filled] == [folder.name] and not folder.images:
-        return read_split(folder.filled[0])
+    only = folder.filled[0] if len(folder.filled) == 1 and not folder.images else None
+    if only and (only.name == folder.name or (only.name.isalpha() and FILLER.fullmatch(only.name.casefold()))):
+        return read_split(only)  # images/, say, is no class
     unlabeled = [f for f in folder.filled if re.fullmatch(PARTS["unlabeled"], f.name.lower())]
     labeled = [f for f in folder.filled if re.fullmatch(LABELED, f.name.lower())]
     classes = [c for f in labeled for c in f.filled] or [f for f in folder.filled if f not in unlabeled]

@@ -159,6 +159,9 @@ def splits_of(folder):
     ("one/more/train/a one/more/val/a", {"train": "a", "val": "a"}),
     ("train/a", {"train": "a"}),
     ("s_train/s_train/a s_train/s_train/b s_test/s_test/a", {"train": "a b", "test": "a"}),
+    ("train/images val/images labels", {"train": "None", "val": "None"}),
+    ("Training/Images/00 Training/Images/01 Test/Images", {"train": "00 01", "test": "None"}),
+    ("train/data/cat train/data/dog val/cat val/dog", {"train": "cat dog", "val": "cat dog"}),
     # unlabelled images of the training split
     ("train/a train/b val/a train_unl", {"train": "a b None", "val": "a"}),
     ("unlabelled_train train/a val/a", {"train": "a None", "val": "a"}),
