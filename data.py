@@ -396,15 +396,15 @@ def endings(foreign):
 
 def read_folder(folder, notes):
     """-> the folder without wrappers, {"train", "val", "test": list of (path, class name or None)}, shape in words."""
-    splits = find_splits(folder)
+    splits, filled = find_splits(folder), folder.filled
+    sets = [f.name for f in sum(splits.values(), []) or filled
+            if any(group.keys() & {"val", "test"} for group in whole_groups(f))]
+    if sets and len(filled) > 1:
+        raise refused(folder, f"{some(sets)} has splits of its own; give the folder of one data set")
     if splits:
         return folder, *read_splits(splits, notes)
-    filled = folder.filled
     if len(filled) == 1 and (filled[0].filled or not folder.images):  # an archive that unpacked into one more folder
         return read_folder(filled[0], notes)
-    sets = [f.name for f in filled if whole_groups(f)]
-    if sets:
-        raise refused(folder, f"{some(sets)} has splits of its own; give the folder of one data set")
     found = read_split(folder)
     if any(c for _, c in found):
         return folder, {"train": found}, "class folders without a split"
@@ -437,6 +437,8 @@ def whole_groups(folder):
 
 def find_splits(folder):
     """{"train", "val", "test", "unlabeled": folders}, {} if there are no splits; UsageError where that is unclear."""
+    if len(folder.filled) == 1 and whole_groups(folder.filled[0]):  # a wrapper, be it called train
+        return {}
     groups, whole = split_groups(folder), whole_groups(folder)
     for part in SPLITS:
         twice = [sub.name for group in whole for sub in group.get(part, ())]
