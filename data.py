@@ -443,7 +443,7 @@ def find_splits(folder):
     for part in SPLITS:
         twice = [sub.name for group in whole for sub in group.get(part, ())]
         if len(twice) > 1:
-            raise refused(folder, f"{' and '.join(twice)} both look like the {part} split; rename one")
+            raise refused(folder, f"{' and '.join(twice[:2])} both look like the {part} split; rename one")
     if whole:
         beside = [f.name for f in folder.filled if not any(f in subs for subs in whole[0].values())]
         if beside and not whole[0]["train"][0].filled:
@@ -462,7 +462,7 @@ def find_splits(folder):
             plain = rest == ("", "") and ("train" not in group or (inside and beside))
             if plain or (len(alike) > 1 and re.search(WORD, sub.name.casefold())) or len(group) > 1:
                 raise refused(folder, f"has no {'val' if 'train' in group else 'train'} folder beside "
-                                      f"{' and '.join(s.name for s in lone)}: are these splits or classes?")
+                                      f"{' and '.join(s.name for s in lone[:3])}: are these splits or classes?")
     return {}
 
 

@@ -197,6 +197,8 @@ def test_splits_by_the_names_of_their_folders(tmp_path, folders, wanted):
     ("train/cat train/dog bus", "has no val folder beside train"),
     ("train_a/cat train_a/dog holdout/cat holdout/dog", "has no val folder beside train_a"),
     ("trainA testA trainB testB", "trainA and trainB both look like the train split"),
+    (" ".join(f"train_{i} val_{i}" for i in range(3)), ": train_0 and train_1 both look like the train split"),
+    ("test_0 test_1 test_2 test_3", "has no train folder beside test_0 and test_1 and test_2: are these"),
     ("race-track test-track train-track", "beside it is race-track"),
     ("cat/train cat/val dog/train dog/val", "cat, dog has splits of its own"),
     ("train/train/a train/val/a test/a", "train has splits of its own"),
