@@ -96,6 +96,36 @@ def test_ended_at_any_step_and_resumed_is_never_ended(train, monkeypatch, capsys
     assert [row["epoch"] for row in common.read_metrics("ended")] == [0, 1, 2, 3]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of a terminal")
+def test_a_terminal_that_closes_saves_first(train, monkeypatch):
+    signal_at(monkeypatch, 2, signal.SIGHUP)
+    signal_at(monkeypatch, 2, signal.SIGHUP)  # it may say so twice
+    with pytest.raises(SystemExit) as end:
+        train("simsiam", "--out", "run")
+    assert end.value.code == 128 + signal.SIGHUP and common.load_checkpoint("run")["step"] == 2
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        train("simsiam", "--resume", "run", "--max-steps", "3")
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert common.load_checkpoint("run")["step"] == 3
+
+
+def test_kept_checkpoints_outlive_a_resume_and_can_be_told(train, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, 6)
+        train("simsiam", "--out", "run", "--keep-every", "1", "--knn-every", "1")
+    train("simsiam", "--resume", "run")
+    kept = {path: common.load_checkpoint(f"run/{path}")["epoch"] for path in os.listdir("run") if "epoch" in path}
+    assert kept == {"epoch-0001.pt": 1, "epoch-0002.pt": 2, "epoch-0003.pt": 3}
+    capsys.readouterr()
+    importlib.import_module("knn").main(["--checkpoint", "run/epoch-0001.pt", "--k", "5", "--amp", "off"])
+    assert f"top-1 {common.read_metrics('run')[1]['knn']:6.2f} %" in capsys.readouterr().out
+    train("simsiam", "--resume", "run/epoch-0001.pt", "--epochs", "4")
+    assert common.load_checkpoint("run/epoch-0004.pt")["epoch"] == 4
+
+
 def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp_path, capsys):
     for name, flags in {"old": ["--seed", "1"], "new": ["--seed", "1"], "other": ["--seed", "2"]}.items():
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
