@@ -1046,9 +1046,9 @@ class Run:
         raises  UsageError for a loss that is NaN or infinite; Interrupted after a signal, when all is saved.
         """
         if self.jump:
-            flags, before = self.jump
-            self.say(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}")
-            self.jump = None
+            (flags, before), self.jump = self.jump, None
+            if f"{before:.3g}" != f"{lr:.3g}":
+                self.say(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}")
         self.unchecked.append((step, lr, loss.detach()))
         # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end
         # of an epoch, so that the rate counts steps that are done and not only asked for.

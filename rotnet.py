@@ -36,8 +36,9 @@ Departures  1. A ResNet-18 with one linear head; the paper trains Network-in-Net
                option for data where most images are easy.
 Health      The loss starts at log 4 = 1.386 and falls, `val_loss` with it. `rotation` (training views) and
             `val_rotation` (evaluation views; with --knn-split test `test_rotation`) are rotation accuracies in
-            percent; chance is 25 %. Not every image has an upright: a disc looks the same from all sides. The last layers specialise in rotations, hence kNN of
-            layer2, layer3 and layer4. An ablation of ours, on `toy`:
+            percent; chance is 25 %. Not every image has an upright: a disc looks the same from all sides. The
+            last layers specialise in rotations, hence kNN of layer2, layer3 and layer4. An ablation of ours, on
+            `toy`:
             --flip-after-rotation    val_rotation 54.2 % instead of 60.3 %, kNN 81.5 instead of 81.7 %: an image
                                      rotated by 90 degrees and then mirrored is its mirror image rotated by 270.
                                      Where both are equally likely the two classes merge, and 75 % is the limit;
