@@ -77,7 +77,7 @@ CASES = [
     ("simsiam", "--data twice", "val valid"),
     ("simsiam", "--data newclass", "b"),
     ("simsiam", "--data mostlyloose", "mostlyloose 8 pictures"),
-    ("simsiam", "--data notrain", "notrain train val understood"),
+    ("simsiam", "--data notrain", "notrain train val supported"),
     ("simsiam", "--data dirty --batch-size 4", "text.jpg --skip-unreadable"),
     ("simsiam", "--data few --batch-size 7", "--batch-size 7 6"),
     ("moco", "--data few --batch-size 64", "--batch-size 64 6"),
