@@ -315,7 +315,6 @@ SHAPES = {
     "photos": dict(image_size=128, stem="imagenet", width=64),
 }
 
-
 # What articles and other programs call it, where the letters do not lead to our word for it.
 WORDS = {
     "threshold": "--stop-at-accuracy", "early-stop": "--stop-at-accuracy", "early-stopping": "--stop-at-accuracy",
@@ -543,13 +542,14 @@ class Rate(argparse.Action):
 
 def path(text):
     """An argparse type: a file or folder that is there or could be; ~ stands for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     text = os.path.expanduser(text)
     try:
         os.stat(text)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # others say it with more words
-        if not text:
-            raise argparse.ArgumentTypeError("the path is empty") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # others say it with more words
+        pass
+    except (OSError, ValueError) as error:  # too long; a null character
         short = text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
         raise argparse.ArgumentTypeError(f"{short}: {getattr(error, 'strerror', error)}") from None
     return text
@@ -563,9 +563,8 @@ def absolute_path(text):
 def png_file(text):
     """An argparse type: a picture to write, checked before any work."""
     text = path(text)
-    folder = Path(text).absolute().parent
-    if (not text.lower().endswith(".png") or os.path.isdir(text) or not folder.is_dir()
-            or not os.access(folder, os.W_OK)):
+    file, folder = Path(text), Path(text).absolute().parent
+    if file.suffix.lower() != ".png" or file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} must be a .png file in a folder that can be written to")
     return text
 
@@ -618,7 +617,7 @@ def training_parser(doc, recipes, without=()):
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
         const=NEWEST, type=path)
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
-    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt; --checkpoint takes each",
+    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt; --checkpoint and --resume take each",
         type=whole(low=1))
     add("--knn-every", "epochs between kNN evaluations, 0: never; each costs a tenth of an epoch or more",
         type=whole(low=0))
@@ -1007,10 +1006,11 @@ class Run:
         self.before = self.checkpoint["seconds"]
 
     def _stop(self, number, frame):
-        # A terminal that closes may tell it twice.
-        if self.told and is_main() and number != getattr(signal, "SIGHUP", None):
+        name = signal.Signals(number).name
+        # Of a terminal that closes, several may tell, one after the other.
+        if self.told and self.told[0] in ("SIGINT", "SIGTERM") and name != "SIGHUP":
             raise KeyboardInterrupt
-        self.tell(signal.Signals(number).name, 128 + number)
+        self.tell(name, 128 + number)
 
     def tell(self, reason, code):
         """Let the run end after this step, saved, with this exit code."""
@@ -1174,14 +1174,12 @@ class Run:
         if self.first is not None and score is not None:
             self.say(f"{self.title:8}{self.first:.2f} % untrained, {score:.2f} % "
                      f"{'at best' if self.args.knn_split == 'val' else 'at the end, test split'}")
-        self.say(f"next    {next_command or f'python {self._what_works()}'}")
-
-    def _what_works(self):
         dataset = self.parts[3]
-        splits = dataset.train, getattr(dataset, self.args.knn_split)
-        if len(dataset.classes) > 1 and all(split is not None and bool((split.labels >= 0).any()) for split in splits):
-            return f"linear.py --checkpoint {self.folder}"
-        return f"knn.py --checkpoint {self.folder} --neighbours neighbours.png"  # needs no labels
+        splits = [getattr(dataset, split) for split in ("train", self.args.knn_split)]
+        command = f"python linear.py --checkpoint {self.folder}"
+        if len(dataset.classes) < 2 or not all(split and (split.labels >= 0).any() for split in splits):
+            command = f"python knn.py --checkpoint {self.folder} --neighbours neighbours.png"  # needs no labels
+        self.say(f"next    {next_command or command}")
 
 
 def tensorboard_writer():
@@ -1343,7 +1341,7 @@ def restore(checkpoint, model, optimizer, scaler, classes=None):
         was, now = then.get(name, "not there"), now.get(name, "not there")
         fault = f"{name} was {was} and is {now}" if name else "it had another optimiser"
         fault += "; leave out the flags that it did not have"
-        if classes is not None and (was[0], now[0]) == (len(saved), len(classes)):
+        if classes is not None and (*was[:1], *now[:1]) == (len(saved), len(classes)):
             fault = (f"the data had {len(saved)} classes and has {len(classes)}, which differ in "
                      f"{', '.join(sorted({*classes} ^ {*saved}))[:200]}; restore the data, or start a new run")
         raise UsageError(f"--resume: not the model of this run: {fault}") from None
