@@ -352,7 +352,8 @@ def open_folder(path, holdout, name=None, rename=None):
     rename = {c: (rename or {}).get(c, c) for items in found.values() for _, c in items}
     found = {s: [(file, rename[c]) for file, c in items] for s, items in found.items()}
     left_out(top, [file for items in found.values() for file, _ in items], foreign, notes)
-    useless = [file for file in others if file not in {*foreign, os.path.join(folder.path, "classes.txt")}]
+    useful = {*foreign, os.path.join(folder.path, "classes.txt")}
+    useless = [file for file in others if file not in useful]
     if useless:
         notes.append(("ignored", no_images(useless)))
     name = name or re.sub(r"[^\w.-]+", "-", os.path.basename(path)).strip("-.") or "images"
@@ -395,15 +396,15 @@ def endings(foreign):
 
 def read_folder(folder, notes):
     """-> the folder without wrappers, {"train", "val", "test": list of (path, class name or None)}, shape in words."""
-    splits = find_splits(folder)
+    splits, filled = find_splits(folder), folder.filled
+    sets = [f.name for f in sum(splits.values(), []) or filled
+            if any(group.keys() & {"val", "test"} for group in whole_groups(f))]
+    if sets and len(filled) > 1:
+        raise refused(folder, f"{some(sets)} has splits of its own; give the folder of one data set")
     if splits:
         return folder, *read_splits(splits, notes)
-    filled = folder.filled
     if len(filled) == 1 and (filled[0].filled or not folder.images):  # an archive that unpacked into one more folder
         return read_folder(filled[0], notes)
-    sets = [f.name for f in filled if whole_groups(f)]
-    if sets:
-        raise refused(folder, f"{some(sets)} has splits of its own; give the folder of one data set")
     found = read_split(folder)
     if any(c for _, c in found):
         return folder, {"train": found}, "class folders without a split"
@@ -436,6 +437,8 @@ def whole_groups(folder):
 
 def find_splits(folder):
     """{"train", "val", "test", "unlabeled": folders}, {} if there are no splits; UsageError where that is unclear."""
+    if len(folder.filled) == 1 and whole_groups(folder.filled[0]):  # a wrapper, be it called train
+        return {}
     groups, whole = split_groups(folder), whole_groups(folder)
     for part in SPLITS:
         twice = [sub.name for group in whole for sub in group.get(part, ())]
@@ -502,8 +505,9 @@ def read_split(folder):
     From class folders, perhaps below `labeled`; those below `unlabeled` have none. Without such folders the images
     lie loose.
     """
-    if [f.name for f in folder.filled] == [folder.name] and not folder.images:
-        return read_split(folder.filled[0])
+    only = folder.filled[0] if len(folder.filled) == 1 and not folder.images else None
+    if only and (only.name == folder.name or (only.name.isalpha() and FILLER.fullmatch(only.name.casefold()))):
+        return read_split(only)  # images/, say, is no class
     unlabeled = [f for f in folder.filled if re.fullmatch(PARTS["unlabeled"], f.name.lower())]
     labeled = [f for f in folder.filled if re.fullmatch(LABELED, f.name.lower())]
     classes = [c for f in labeled for c in f.filled] or [f for f in folder.filled if f not in unlabeled]

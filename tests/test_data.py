@@ -157,8 +157,13 @@ def splits_of(folder):
     ("food_train/a food_val/a food_eval", {"train": "a", "val": "a"}),
     ("1_train/a {val}/a", {"train": "a", "val": "a"}),
     ("one/more/train/a one/more/val/a", {"train": "a", "val": "a"}),
+    ("train/train/a train/val/a", {"train": "a", "val": "a"}),
+    ("test/train/a test/test/a", {"train": "a", "test": "a"}),
     ("train/a", {"train": "a"}),
     ("s_train/s_train/a s_train/s_train/b s_test/s_test/a", {"train": "a b", "test": "a"}),
+    ("train/images val/images labels", {"train": "None", "val": "None"}),
+    ("Training/Images/00 Training/Images/01 Test/Images", {"train": "00 01", "test": "None"}),
+    ("train/data/cat train/data/dog val/cat val/dog", {"train": "cat dog", "val": "cat dog"}),
     # unlabelled images of the training split
     ("train/a train/b val/a train_unl", {"train": "a b None", "val": "a"}),
     ("unlabelled_train train/a val/a", {"train": "a None", "val": "a"}),
@@ -194,6 +199,7 @@ def test_splits_by_the_names_of_their_folders(tmp_path, folders, wanted):
     ("trainA testA trainB testB", "trainA and trainB both look like the train split"),
     ("race-track test-track train-track", "beside it is race-track"),
     ("cat/train cat/val dog/train dog/val", "cat, dog has splits of its own"),
+    ("train/train/a train/val/a test/a", "train has splits of its own"),
 ])
 def test_two_readings_are_refused(tmp_path, folders, words):
     for name in folders.split():

@@ -479,6 +479,21 @@ def test_pictures_that_are_not_read_for_their_name_or_kind(folder, tmp_path):
         data.open_source(folder)
 
 
+def test_many_that_are_not_read_take_no_longer_each(folder, monkeypatch):
+    class Counted(list):
+        looked = 0
+
+        def __iter__(self):
+            Counted.looked += 1
+            return super().__iter__()
+
+    monkeypatch.setattr(data, "foreign_pictures", lambda files: Counted(files))
+    for i in range(30):
+        (folder / f"train/b/{i}.heic").touch()
+    data.open_source(folder)
+    assert Counted.looked < 10  # not once for each file
+
+
 def test_most_pictures_are_never_left_out(tmp_path):
     for i in range(6):
         coloured(tmp_path / f"{i}.png", 0, i)
