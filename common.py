@@ -617,7 +617,7 @@ def training_parser(doc, recipes, without=()):
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
         const=NEWEST, type=path)
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
-    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt; --checkpoint and --resume take each",
+    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt: --checkpoint, --resume take them",
         type=whole(low=1))
     add("--knn-every", "epochs between kNN evaluations, 0: never; each costs a tenth of an epoch or more",
         type=whole(low=0))

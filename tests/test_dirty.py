@@ -827,6 +827,15 @@ def test_a_full_disk(folder, tmp_path):
         check_whole(packed(folder, disk / "c"))  # and what fits is packed
 
 
+def test_a_stdout_that_closes_is_no_fault_of_the_cache(folder, tmp_path, monkeypatch):
+    def closed(*words, **kind):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(data, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        data.pack(data.open_source(folder), 16, cache=tmp_path / "cache")
+
+
 def test_a_disk_that_others_fill_meanwhile(folder, tmp_path):
     with mounted(tmp_path / "disk", "size=2m") as disk:
         def work():
