@@ -323,8 +323,8 @@ WORDS = {
     "unfreeze": "linear.py --finetune", "moco-k": "--queue-size", "moco-m": "--momentum-encoder",
     "moco-t": "--temperature", "tau": "--temperature", "learning-rate": "--lr", "wd": "--weight-decay",
     "bs": "--batch-size", "b": "--batch-size", "arch": "--width (of a ResNet-18)", "gpu": "--device",
-    "pretrained": "--checkpoint", "ckpt": "--checkpoint", "workers": "all cores work anyway",
-    "num-workers": "all cores work anyway",
+    "pretrained": "--checkpoint or --init", "ckpt": "--checkpoint or --init", "init": "--weights",
+    "workers": "all cores work anyway", "num-workers": "all cores work anyway",
 }
 
 
@@ -493,9 +493,8 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, flag):
         word, flags = flag.lstrip("-").lower(), [f.lstrip("-") for f in self._option_string_actions]
-        other = WORDS.get(word, "")
-        if not other or other.startswith("--") and other.split()[0][2:] not in flags:
-            other = "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
+        here = (w for w in WORDS.get(word, "").split(" or ") if not w.startswith("--") or w.split()[0][2:] in flags)
+        other = next(here, "") or "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
         return f"; did you mean {other}?" if "--" in other else f"; {other or '--help lists them'}"
 
     def _check_value(self, action, value):  # argparse's names no nearest
