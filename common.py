@@ -739,9 +739,9 @@ def rate_hint(args, recipe, lr):
     """
     if args.warmup_epochs > args.epochs / 2:
         return f"lower --warmup-epochs: {args.warmup_epochs:g} of {args.epochs} epochs are most of the run"
-    flag, per_256 = ("lr", args.lr) if args.lr else ("step-lr", args.step_lr * 256 / args.batch_size)
+    usual, flag = recipe["lr"] * recipe["batch_size"] / 256, "lr" if args.lr else "step-lr"
     short = args.max_steps or args.epochs < recipe["epochs"]
-    return (f"{'lower' if per_256 >= recipe['lr'] else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
+    return (f"{'lower' if lr >= usual else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
             f"{'train longer' if short else 'raise --warmup-epochs'}")
 
 
