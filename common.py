@@ -943,8 +943,8 @@ class Run:
         """"flags, was rate" where flags change the schedule of the resumed run, else None."""
         saved = self.checkpoint["args"] if self.checkpoint else {}
         names = ("epochs", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
-        flags = [f"{flag_text(n, value)} (was {saved[n]})" for n in names
-                 if n in saved and saved[n] != (value := getattr(self.args, n, None))]
+        flags = [flag_text(n, value) + (f" (was {saved[n]})" if saved[n] is not None else "") for n in names
+                 if n in saved and (value := getattr(self.args, n, None)) not in (None, saved[n])]
         return flags and step and (", ".join(flags), self.parts[1].param_groups[0]["lr"])
 
     def _make_folder(self):
@@ -1046,7 +1046,8 @@ class Run:
         """
         if self.jump:
             flags, before = self.jump
-            self.say(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}")
+            self.say(textwrap.fill(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}", 79,
+                                   subsequent_indent=" " * 8, break_on_hyphens=False))
             self.jump = None
         self.unchecked.append((step, lr, loss.detach()))
         # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end
