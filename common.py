@@ -322,8 +322,8 @@ WORDS = {
     "unfreeze": "linear.py --finetune", "moco-k": "--queue-size", "moco-m": "--momentum-encoder",
     "moco-t": "--temperature", "tau": "--temperature", "learning-rate": "--lr", "wd": "--weight-decay",
     "bs": "--batch-size", "b": "--batch-size", "arch": "--width (of a ResNet-18)", "gpu": "--device",
-    "pretrained": "--checkpoint", "ckpt": "--checkpoint", "workers": "all cores work anyway",
-    "num-workers": "all cores work anyway",
+    "pretrained": "--checkpoint or --init", "ckpt": "--checkpoint or --init", "init": "--weights",
+    "workers": "all cores work anyway", "num-workers": "all cores work anyway",
 }
 
 
@@ -492,9 +492,8 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, flag):
         word, flags = flag.lstrip("-").lower(), [f.lstrip("-") for f in self._option_string_actions]
-        other = WORDS.get(word, "")
-        if not other or other.startswith("--") and other.split()[0][2:] not in flags:
-            other = "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
+        here = (w for w in WORDS.get(word, "").split(" or ") if not w.startswith("--") or w.split()[0][2:] in flags)
+        other = next(here, "") or "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
         return f"; did you mean {other}?" if "--" in other else f"; {other or '--help lists them'}"
 
     def _check_value(self, action, value):  # argparse's names no nearest
@@ -739,9 +738,9 @@ def rate_hint(args, recipe, lr):
     """
     if args.warmup_epochs > args.epochs / 2:
         return f"lower --warmup-epochs: {args.warmup_epochs:g} of {args.epochs} epochs are most of the run"
-    flag, per_256 = ("lr", args.lr) if args.lr else ("step-lr", args.step_lr * 256 / args.batch_size)
+    usual, flag = recipe["lr"] * recipe["batch_size"] / 256, "lr" if args.lr else "step-lr"
     short = args.max_steps or args.epochs < recipe["epochs"]
-    return (f"{'lower' if per_256 >= recipe['lr'] else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
+    return (f"{'lower' if lr >= usual else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
             f"{'train longer' if short else 'raise --warmup-epochs'}")
 
 
@@ -943,8 +942,8 @@ class Run:
         """"flags, was rate" where flags change the schedule of the resumed run, else None."""
         saved = self.checkpoint["args"] if self.checkpoint else {}
         names = ("epochs", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
-        flags = [f"{flag_text(n, value)} (was {saved[n]})" for n in names
-                 if n in saved and saved[n] != (value := getattr(self.args, n, None))]
+        flags = [flag_text(n, value) + (f" (was {saved[n]})" if saved[n] is not None else "") for n in names
+                 if n in saved and (value := getattr(self.args, n, None)) not in (None, saved[n])]
         return flags and step and (", ".join(flags), self.parts[1].param_groups[0]["lr"])
 
     def _make_folder(self):
@@ -1048,7 +1047,8 @@ class Run:
         if self.jump:
             (flags, before), self.jump = self.jump, None
             if f"{before:.3g}" != f"{lr:.3g}":
-                self.say(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}")
+                self.say(textwrap.fill(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}", 79,
+                                       subsequent_indent=" " * 8, break_on_hyphens=False))
         self.unchecked.append((step, lr, loss.detach()))
         # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end
         # of an epoch, so that the rate counts steps that are done and not only asked for.

@@ -344,8 +344,8 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         row = run.log(epoch=finished, step=step, lr=lr, **held, **scores)
         if row["rotation"] < 26:
-            run.say("  at chance: no rotation is recognised. Unless these pictures look alike from all\n"
-                    f"  sides, {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
+            run.say("  at chance: no rotation is recognised. If the pictures have a right way up,\n"
+                    f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
         run.save(step, scores["knn"], last)
         if stop:
             run.say(f"stopped {held['val_rotation']:.2f} % of validation rotations are right: "

@@ -115,6 +115,8 @@ def test_the_rate_per_step_holds_until_another_is_given(train, monkeypatch, meth
     lr = 0.32 * (math.sqrt(8 / 256) if scaling else 8 / 256)
     assert rates == pytest.approx([0.01, 0.01, lr, lr, 0.5])
     log = open("runs/one/log.txt").read()
+    assert ("note    --max-steps 2 (was 1), --lr 0.32: the learning rate goes from" in log
+            and max(map(len, log.splitlines())) <= 79 and "None" not in log)
     assert "lr      0.01 per step of 8 images\n" in log and f"lr      {lr:g} per step of 8 images (0.32 per 256)" in log
 
 
