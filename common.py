@@ -315,7 +315,6 @@ SHAPES = {
     "photos": dict(image_size=128, stem="imagenet", width=64),
 }
 
-
 # What articles and other programs call it, where the letters do not lead to our word for it.
 WORDS = {
     "threshold": "--stop-at-accuracy", "early-stop": "--stop-at-accuracy", "early-stopping": "--stop-at-accuracy",
@@ -323,8 +322,8 @@ WORDS = {
     "unfreeze": "linear.py --finetune", "moco-k": "--queue-size", "moco-m": "--momentum-encoder",
     "moco-t": "--temperature", "tau": "--temperature", "learning-rate": "--lr", "wd": "--weight-decay",
     "bs": "--batch-size", "b": "--batch-size", "arch": "--width (of a ResNet-18)", "gpu": "--device",
-    "pretrained": "--checkpoint", "ckpt": "--checkpoint", "workers": "all cores work anyway",
-    "num-workers": "all cores work anyway",
+    "pretrained": "--checkpoint or --init", "ckpt": "--checkpoint or --init", "init": "--weights",
+    "workers": "all cores work anyway", "num-workers": "all cores work anyway",
 }
 
 
@@ -493,9 +492,8 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, flag):
         word, flags = flag.lstrip("-").lower(), [f.lstrip("-") for f in self._option_string_actions]
-        other = WORDS.get(word, "")
-        if not other or other.startswith("--") and other.split()[0][2:] not in flags:
-            other = "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
+        here = (w for w in WORDS.get(word, "").split(" or ") if not w.startswith("--") or w.split()[0][2:] in flags)
+        other = next(here, "") or "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
         return f"; did you mean {other}?" if "--" in other else f"; {other or '--help lists them'}"
 
     def _check_value(self, action, value):  # argparse's names no nearest
@@ -543,13 +541,14 @@ class Rate(argparse.Action):
 
 def path(text):
     """An argparse type: a file or folder that is there or could be; ~ stands for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     text = os.path.expanduser(text)
     try:
         os.stat(text)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # others say it with more words
-        if not text:
-            raise argparse.ArgumentTypeError("the path is empty") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # others say it with more words
+        pass
+    except (OSError, ValueError) as error:  # too long; a null character
         short = text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
         raise argparse.ArgumentTypeError(f"{short}: {getattr(error, 'strerror', error)}") from None
     return text
@@ -563,9 +562,8 @@ def absolute_path(text):
 def png_file(text):
     """An argparse type: a picture to write, checked before any work."""
     text = path(text)
-    folder = Path(text).absolute().parent
-    if (not text.lower().endswith(".png") or os.path.isdir(text) or not folder.is_dir()
-            or not os.access(folder, os.W_OK)):
+    file, folder = Path(text), Path(text).absolute().parent
+    if file.suffix.lower() != ".png" or file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} must be a .png file in a folder that can be written to")
     return text
 
@@ -618,7 +616,7 @@ def training_parser(doc, recipes, without=()):
         "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
         const=NEWEST, type=path)
     add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
-    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt; --checkpoint takes each",
+    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt: --checkpoint, --resume take them",
         type=whole(low=1))
     add("--knn-every", "epochs between kNN evaluations, 0: never; each costs a tenth of an epoch or more",
         type=whole(low=0))
@@ -740,9 +738,9 @@ def rate_hint(args, recipe, lr):
     """
     if args.warmup_epochs > args.epochs / 2:
         return f"lower --warmup-epochs: {args.warmup_epochs:g} of {args.epochs} epochs are most of the run"
-    flag, per_256 = ("lr", args.lr) if args.lr else ("step-lr", args.step_lr * 256 / args.batch_size)
+    usual, flag = recipe["lr"] * recipe["batch_size"] / 256, "lr" if args.lr else "step-lr"
     short = args.max_steps or args.epochs < recipe["epochs"]
-    return (f"{'lower' if per_256 >= recipe['lr'] else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
+    return (f"{'lower' if lr >= usual else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
             f"{'train longer' if short else 'raise --warmup-epochs'}")
 
 
@@ -944,8 +942,8 @@ class Run:
         """"flags, was rate" where flags change the schedule of the resumed run, else None."""
         saved = self.checkpoint["args"] if self.checkpoint else {}
         names = ("epochs", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
-        flags = [f"{flag_text(n, value)} (was {saved[n]})" for n in names
-                 if n in saved and saved[n] != (value := getattr(self.args, n, None))]
+        flags = [flag_text(n, value) + (f" (was {saved[n]})" if saved[n] is not None else "") for n in names
+                 if n in saved and (value := getattr(self.args, n, None)) not in (None, saved[n])]
         return flags and step and (", ".join(flags), self.parts[1].param_groups[0]["lr"])
 
     def _make_folder(self):
@@ -1007,10 +1005,11 @@ class Run:
         self.before = self.checkpoint["seconds"]
 
     def _stop(self, number, frame):
-        # A terminal that closes may tell it twice.
-        if self.told and is_main() and number != getattr(signal, "SIGHUP", None):
+        name = signal.Signals(number).name
+        # Of a terminal that closes, several may tell, one after the other.
+        if self.told and self.told[0] in ("SIGINT", "SIGTERM") and name != "SIGHUP":
             raise KeyboardInterrupt
-        self.tell(signal.Signals(number).name, 128 + number)
+        self.tell(name, 128 + number)
 
     def tell(self, reason, code):
         """Let the run end after this step, saved, with this exit code."""
@@ -1046,9 +1045,10 @@ class Run:
         raises  UsageError for a loss that is NaN or infinite; Interrupted after a signal, when all is saved.
         """
         if self.jump:
-            flags, before = self.jump
-            self.say(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}")
-            self.jump = None
+            (flags, before), self.jump = self.jump, None
+            if f"{before:.3g}" != f"{lr:.3g}":
+                self.say(textwrap.fill(f"note    {flags}: the learning rate goes from {before:.3g} to {lr:.3g}", 79,
+                                       subsequent_indent=" " * 8, break_on_hyphens=False))
         self.unchecked.append((step, lr, loss.detach()))
         # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end
         # of an epoch, so that the rate counts steps that are done and not only asked for.
@@ -1174,14 +1174,12 @@ class Run:
         if self.first is not None and score is not None:
             self.say(f"{self.title:8}{self.first:.2f} % untrained, {score:.2f} % "
                      f"{'at best' if self.args.knn_split == 'val' else 'at the end, test split'}")
-        self.say(f"next    {next_command or f'python {self._what_works()}'}")
-
-    def _what_works(self):
         dataset = self.parts[3]
-        splits = dataset.train, getattr(dataset, self.args.knn_split)
-        if len(dataset.classes) > 1 and all(split is not None and bool((split.labels >= 0).any()) for split in splits):
-            return f"linear.py --checkpoint {self.folder}"
-        return f"knn.py --checkpoint {self.folder} --neighbours neighbours.png"  # needs no labels
+        splits = [getattr(dataset, split) for split in ("train", self.args.knn_split)]
+        command = f"python linear.py --checkpoint {self.folder}"
+        if len(dataset.classes) < 2 or not all(split and (split.labels >= 0).any() for split in splits):
+            command = f"python knn.py --checkpoint {self.folder} --neighbours neighbours.png"  # needs no labels
+        self.say(f"next    {next_command or command}")
 
 
 def tensorboard_writer():
@@ -1343,7 +1341,7 @@ def restore(checkpoint, model, optimizer, scaler, classes=None):
         was, now = then.get(name, "not there"), now.get(name, "not there")
         fault = f"{name} was {was} and is {now}" if name else "it had another optimiser"
         fault += "; leave out the flags that it did not have"
-        if classes is not None and (was[0], now[0]) == (len(saved), len(classes)):
+        if classes is not None and (*was[:1], *now[:1]) == (len(saved), len(classes)):
             fault = (f"the data had {len(saved)} classes and has {len(classes)}, which differ in "
                      f"{', '.join(sorted({*classes} ^ {*saved}))[:200]}; restore the data, or start a new run")
         raise UsageError(f"--resume: not the model of this run: {fault}") from None

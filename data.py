@@ -806,6 +806,8 @@ def pack_split(final, split, items, size, quiet, workers):
                         bad = f", {len(packed.skipped):,} unreadable" if packed.skipped else ""
                         print(f"packed {split}: {len(packed):,} images of {size} x {size} in "
                               f"{time.perf_counter() - started:.1f} s{bad}", flush=True)
+    except BrokenPipeError:  # of stdout: nobody reads the progress any more
+        raise
     except OSError as error:
         raise UsageError(f"cannot keep packed images in {final.parent} ({error.strerror or one_line(error)}); "
                          "make room there or choose another folder with --cache") from error

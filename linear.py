@@ -56,13 +56,14 @@ Departures  1. Features are first brought to mean 0 and unit standard deviation
                warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): short runs
                got less far.
             5. `toy` takes fewer epochs: see the table below.
-Health      The loss starts near log(classes). A train_top1 near 100 with a
-            much lower top1: too few labels for so many features; --probe and
-            --finetune, with their random crops, get more out of them. `toy`
-            is easy where there are labels: 200 of them, from scratch, reach
-            99.9 %, more than any probe. With one per class (--label-fraction
-            0.0025) that falls to 34.5 %, while a --probe of SimCLR's run
-            has 96.9 % (one seed, validation images).
+Health      The loss starts near log(classes), val_loss with it; val_loss that
+            rises while top1 stands still: overfitting. A train_top1 near 100
+            with a much lower top1: too few labels for so many features;
+            --probe and --finetune, with their random crops, get more out of
+            them. `toy` is easy where there are labels: 200 of them, from
+            scratch, reach 99.9 %, more than any probe. With one per class
+            (--label-fraction 0.0025) that falls to 34.5 %, while a --probe of
+            SimCLR's run has 96.9 % (one seed, validation images).
 """
 
 import functools

@@ -34,10 +34,11 @@ Departures  1. A ResNet-18 with one linear head; the paper trains Network-in-Net
                which way is up stays in sight.
             5. The focal loss is no part of the paper (Lin et al. 2017, arXiv 1708.02002, Eq. 5 [F5]): an
                option for data where most images are easy.
-Health      The loss starts at log 4 = 1.386 and falls. `rotation` (training views) and `val_rotation`
-            (evaluation views) are rotation accuracies in percent; chance is 25 %. Not every image has an
-            upright: a disc looks the same from all sides. The last layers specialise in rotations, hence kNN of
-            layer2, layer3 and layer4. An ablation of ours, on `toy`:
+Health      The loss starts at log 4 = 1.386 and falls, `val_loss` with it. `rotation` (training views) and
+            `val_rotation` (evaluation views; with --knn-split test `test_rotation`) are rotation accuracies in
+            percent; chance is 25 %. Not every image has an upright: a disc looks the same from all sides. The
+            last layers specialise in rotations, hence kNN of layer2, layer3 and layer4. An ablation of ours, on
+            `toy`:
             --flip-after-rotation    val_rotation 54.2 % instead of 60.3 %, kNN 81.5 instead of 81.7 %: an image
                                      rotated by 90 degrees and then mirrored is its mirror image rotated by 270.
                                      Where both are equally likely the two classes merge, and 75 % is the limit;
@@ -343,8 +344,8 @@ def main(argv=None):
         scores = monitor(model.backbone) if due else {"knn": None}
         row = run.log(epoch=finished, step=step, lr=lr, **held, **scores)
         if row["rotation"] < 26:
-            run.say("  at chance: no rotation is recognised. Unless these pictures look alike from all\n"
-                    f"  sides, {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
+            run.say("  at chance: no rotation is recognised. If the pictures have a right way up,\n"
+                    f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
         run.save(step, scores["knn"], last)
         if stop:
             run.say(f"stopped {held['val_rotation']:.2f} % of validation rotations are right: "

@@ -30,7 +30,7 @@ Recipe      flag               paper, ImageNet    paper, CIFAR (B.9)  here
             --min-crop         0.08               0.08                photos 0.08, cifar 0.2: departure 2
             --jitter-strength  1                  0.5                 likewise
             --blur             0.5                0 (32-px views)     likewise
-            momentum 0.9, 10 epochs of warm-up, cosine per step, D = 128: as in the paper
+            momentum 0.9, 10 epochs of warm-up (fewer in runs shorter than the recipe's), cosine per step, D = 128
 Published   ImageNet, ResNet-50, linear, 1000 epochs: 69.3 %. CIFAR-10, ResNet-50: 94.0 % (B.9).
             CIFAR-10, ResNet-18, the authors' code, 1000 epochs: around 91 %; dkobak/simclr-cifar10, kNN with
             k 10, unweighted, on the test images, after 100 / 500 / 1000 epochs: 83.2 / 90.3 / 91.4 %, linear

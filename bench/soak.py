@@ -35,7 +35,8 @@ RUNS = {
     "linear": ["linear.py", "--finetune", "--checkpoint", "simsiam", "--amp", "off", "--device", "cpu", "--quiet",
                "--epochs", "8", "--batch-size", "16", "--save-every", "0.004min"],
 }
-SAME = ("epoch", "step", "loss", "lr", "knn", "std", "accuracy", "rotation", "val_rotation", "top1", "class_mean")
+SAME = ("epoch", "step", "loss", "lr", "knn", "std", "accuracy", "rotation", "val_rotation", "val_loss", "top1",
+        "class_mean")
 
 
 def parse_args(argv=None):

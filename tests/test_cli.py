@@ -1,5 +1,6 @@
 """Whole journeys, as subprocesses from another folder, on real picture files."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -41,6 +42,7 @@ def run(tmp_path):
         assert process.returncode == code, out + err
         return subprocess.CompletedProcess(command, code, out, err)
 
+    start.environment = environment
     return start
 
 
@@ -174,12 +176,76 @@ def test_loose_pictures_train_without_knn(run, tmp_path):
     for i in range(9):
         draw(tmp_path / "loose" / f"{i}.jpg", i % 2, random.Random(i))
     out = run("simsiam.py", "--data", "loose", "--out", "run", *TINY).stdout
-    assert "no kNN" in out
+    assert "no kNN" in out and "next    python knn.py --checkpoint run --neighbours" in out  # linear.py needs labels
     assert [row["knn"] for row in metrics(tmp_path / "run")] == [None] * 3
     following = out.splitlines()[-1].split()  # the command that is recommended works
     assert following[:3] == ["next", "python", "knn.py"]
     run(*following[2:])
     assert Image.open(tmp_path / "neighbours.png").width > 500
+
+
+HOMES = {
+    "simsiam": "--data=~/d --data-root=~/r --cache=~/c --out=~/o --views-png=~/v.png",
+    "knn": "--checkpoint=~/r --data=~/d --data-root=~/r --cache=~/c --neighbours=~/n.png",
+    "linear": "--checkpoint=~/r --data=~/d --data-root=~/r --cache=~/c --out=~/o --confusion=~/c.png",
+    "predict": "~/a.png ~/b.png --checkpoint=~/r --data=~/d --data-root=~/r --cache=~/c --neighbours=~/n.png",
+    "export": "~/r ~/o.pth",
+    "plot": "~/a ~/b --out=~/o.png",
+}
+
+
+@pytest.mark.parametrize("program", HOMES)
+def test_every_path_may_begin_with_the_home_folder(monkeypatch, tmp_path, program):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d").mkdir()
+    args = importlib.import_module(program).parse_args(HOMES[program].split())
+    values = vars(args[0] if isinstance(args, tuple) else args).values()
+    values = [str(part) for value in values for part in (value if isinstance(value, list) else [value])]
+    assert sum(value.startswith(f"{tmp_path}/") for value in values) == HOMES[program].count("~")
+
+
+def test_a_run_to_resume_may_begin_with_the_home_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        importlib.import_module("simsiam").main(["--resume=~/nowhere"])
+    assert f"{tmp_path}/nowhere: no checkpoint" in capsys.readouterr().err
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(run, tmp_path, monkeypatch):
+    for i in range(16):
+        draw(tmp_path / "set" / ("日本", "b")[i % 2] / f"{i}.jpg", i % 2, random.Random(i))
+    monkeypatch.setitem(run.environment, "PYTHONIOENCODING", "latin-1")
+    out = run("simsiam.py", "--data", "set", "--out", "run", *TINY, "--max-steps", "1").stdout
+    assert "b, \\u65e5\\u672c" in out and "b, 日本" in (tmp_path / "run/log.txt").read_text(encoding="utf-8")
+    assert "\\u65e5\\u672c" in run("knn.py", "--checkpoint", "run", "--k", "1").stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_takes_no_more(run, food, tmp_path, monkeypatch, unbuffered):
+    """A run saves, then ends in a line; the others end as a shell expects."""
+    monkeypatch.setitem(run.environment, "PYTHONUNBUFFERED", unbuffered)
+    process = run("simsiam.py", "--data", "food-11", "--out", "run", *TINY, wait=False)
+    while not process.stdout.readline().startswith("chance"):  # `| grep -m 1 chance`
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(60) == 141
+    err = process.stderr.read()
+    assert err.split("\n")[1] == "stdout: Broken pipe: saved at step 1; go on with" and "Traceback" not in err
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 1
+
+    process = run("knn.py", "--checkpoint", "run", wait=False)
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, "")
+    for command in ("simsiam.py --resume run --quiet", "knn.py --checkpoint run", "predict.py --checkpoint run food-11",
+                    "simsiam.py --data food-11 --batch-size 8"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, ROOT / command.split()[0], *command.split()[1:]], cwd=tmp_path,
+                                  env=run.environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        said = done.stderr.splitlines()
+        assert done.returncode == (0 if "--quiet" in command else 2), done.stderr
+        assert "--quiet" in command or said[-1].endswith("error: stdout: No space left on device")
+        assert "Traceback" not in done.stderr
 
 
 def test_a_wrong_use_as_users_see_it(run):

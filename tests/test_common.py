@@ -1,10 +1,15 @@
 """common.py: the network against torchvision's, the schedule in closed form, meters, runs, checkpoints."""
 
 import argparse
+import errno
 import importlib
 import json
 import math
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,6 +59,25 @@ def test_resnet18_without_classifier_gives_pooled_features():
     assert torch.equal(layers["layer4"], network(x))
     with pytest.raises(ValueError, match="stem"):
         common.ResNet18(stem="imagnet")
+
+
+NARROW = """
+import torch, common
+for width in range(1, 9):
+    network = torch.nn.Sequential(common.ResNet18(stem="cifar", width=width)).to(memory_format=torch.channels_last)
+    for _ in range(3):
+        x = torch.randn(16, 3, 16, 16).to(memory_format=torch.channels_last)
+        network(x).square().mean().backward()
+    strides = [p.stride() for p in network.parameters() if p.dim() == 4]
+    plain = [torch.empty(p.shape).stride() for p in network.parameters() if p.dim() == 4]
+    assert (strides == plain) == (width < 8)
+"""
+
+
+def test_narrow_networks_keep_off_channels_last_and_do_not_crash():
+    environment = dict(os.environ, PYTHONPATH=os.path.dirname(common.__file__))
+    done = subprocess.run([sys.executable, "-c", NARROW], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------
@@ -159,14 +183,17 @@ def test_what_is_not_given_comes_from_the_recipe(given, filled):
     ({}, "lower --lr (the rate per step is 0.6) or raise --warmup-epochs"),
     ({"epochs": 99}, "lower --lr (the rate per step is 0.6) or train longer"),
     ({"max_steps": 50}, "lower --lr (the rate per step is 0.6) or train longer"),
-    ({"lr": 0.01}, "change --lr (the rate per step is 0.6) or raise --warmup-epochs"),
+    ({"lr": 0.01}, "change --lr (the rate per step is 0.02) or raise --warmup-epochs"),
+    ({"batch_size": 128}, "change --lr (the rate per step is 0.15) or raise --warmup-epochs"),  # small, not too high
     ({"epochs": 3, "warmup_epochs": 10.0}, "lower --warmup-epochs: 10 of 3 epochs are most of the run"),
     ({"lr": None, "step_lr": 0.6}, "lower --step-lr (the rate per step is 0.6) or raise --warmup-epochs"),
-    ({"lr": None, "step_lr": 0.5}, "change --step-lr (the rate per step is 0.6) or raise --warmup-epochs"),
+    ({"lr": None, "step_lr": 0.5}, "change --step-lr (the rate per step is 0.5) or raise --warmup-epochs"),
 ])
 def test_hints_at_chance_fit_the_run(given, hint):
     args = dict(epochs=100, warmup_epochs=1.0, lr=0.3, step_lr=None, batch_size=512, max_steps=None)
-    assert common.rate_hint(argparse.Namespace(**args | given), dict(epochs=100, lr=0.3), 0.6) == hint
+    args = argparse.Namespace(**args | given)
+    lr = args.step_lr or args.lr * args.batch_size / 256
+    assert common.rate_hint(args, dict(epochs=100, lr=0.3, batch_size=512), lr) == hint
 
 
 @pytest.mark.parametrize("percent, chance, fix", [
@@ -180,6 +207,51 @@ def test_accuracies_that_stop_a_run_are_percent_above_chance(percent, chance, fi
     with pytest.raises(common.UsageError) as error:
         common.check_stop(percent, chance)
     assert str(error.value).startswith(f"--stop-at-accuracy {percent:g}:") and str(error.value).endswith(fix)
+
+
+@pytest.mark.parametrize("kind, text", [(int, "1" + "0" * 30), (int, "1" + "0" * 400), (int, "9223372036854775808"),
+                                        (float, "1e308"), (float, "1e-300"), (float, "inf")])
+def test_number_refuses_what_no_tensor_holds(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="out of range"):
+        common.number(kind, low=0)(text)
+
+
+def test_path_expands_the_home_folder_and_refuses_what_no_system_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.path("~/x") == str(tmp_path / "x") and common.path("x~/y") == "x~/y"
+    for text in ("x" * 300, "/x" * 4000, "", "a\0b"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            common.path(text)
+
+
+def flags_parser():
+    parser = common.Parser("", {"": {}})
+    parser.flag("--batch-size", "", type=int)
+    parser.flag("--temperature", "", type=float)
+    parser.flag("--optimizer", "", choices=("sgd", "adamw"))
+    parser.add_argument("files", nargs="*")
+    return parser
+
+
+def test_underscores_are_dashes():
+    args = flags_parser().parse_args(["--batch_size=4", "--temperature", "-1", "a_b", "--", "--batch_size"])
+    assert (args.batch_size, args.temperature, args.files) == (4, -1.0, ["a_b", "--batch_size"])
+
+
+@pytest.mark.parametrize("given, hint", [
+    ("--batch_sise 4", "--batch_sise: no such flag; did you mean --batch-size?"),
+    ("-b 4", "did you mean --batch-size?"),
+    ("--moco-t 1", "did you mean --temperature?"), ("--Temperature=1", "did you mean --temperature?"),
+    ("--freeze", "did you mean linear.py --probe?"), ("--zzz", "--zzz: no such flag; --help"),
+    ("--threshold 1", "--threshold: no such flag; --help"),  # this program has nothing like it
+    ("--optimizer adam", "'adam'; did you mean adamw? (choose from sgd, adamw)"),
+    ("--optimizer zzz", "no such value: 'zzz' (choose from sgd, adamw)"),
+])
+def test_an_unknown_flag_or_value_names_the_nearest(capsys, given, hint):
+    with pytest.raises(SystemExit) as end:
+        flags_parser().parse_args(given.split())
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and hint in err and len(err.splitlines()) == 1
 
 
 def test_clock():
@@ -282,6 +354,24 @@ def test_best_is_kept_by_validation_only(tmp_path):
     assert not (tmp_path / "test" / "best.pt").exists()
 
 
+def test_kept_checkpoints_stay_and_need_their_space(tmp_path, monkeypatch):
+    needed = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    for keep in (None, 2, 1):
+        with pytest.raises(common.UsageError) as error:
+            start_run(make_args(tmp_path / "full", keep_every=keep))
+        needed.append(int(str(error.value).split("need ")[1].split(" MB")[0].replace(",", "")))
+    monkeypatch.undo()
+    assert needed == pytest.approx([needed[0], needed[0] * 4 / 3, needed[0] * 2], abs=1)  # 0, 1 and 3 of 3 epochs
+
+    run = start_run(make_args(tmp_path / "run", keep_every=2))
+    for step in (3, 5, 6, 9):
+        run.save(step, None, last=step == 9)
+    kept = [path.name for path in (tmp_path / "run").glob("epoch-*")]
+    assert kept == ["epoch-0002.pt"] and common.load_checkpoint(tmp_path / "run" / kept[0])["step"] == 6
+
+
 def test_save_every(tmp_path):
     run = start_run(make_args(tmp_path, save_every=2))
     run.save(3, None, last=False)
@@ -312,6 +402,72 @@ def test_metrics_stand_once_after_a_resume(tmp_path):
     assert [r["epoch"] for r in rows] == [0, 1, 2] and rows[2]["knn"] == 40.0
     assert list(rows[1]) == ["epoch", "step", "seconds", "loss", "lr", "images_per_second", "knn", "std"]
     assert json.loads((tmp_path / "args.json").read_text())["width"] == 4
+
+
+HOLDER = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+
+
+def test_a_folder_belongs_to_one_program_at_a_time(tmp_path):
+    args = make_args(tmp_path)
+    run = start_run(args)
+    run.save(3, None, last=False)
+    checkpoint = common.load_checkpoint(tmp_path)
+    run.close()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "log.txt")], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for saved, flag in ((None, "--out"), (checkpoint, "--resume")):
+            with pytest.raises(common.UsageError, match=f"{flag} .*another program"):
+                start_run(args, saved)
+        other.kill()
+    start_run(args, checkpoint)  # a killed one leaves no lock behind
+    common.Run.current.close()
+    with pytest.raises(common.UsageError, match="holds a run already"):  # it came after the flags were read
+        start_run(args)
+
+
+def test_a_folder_without_locks_trains(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "flock", none)
+    start_run(make_args(tmp_path / "nfs"))
+    monkeypatch.setattr(common, "fcntl", None)
+    start_run(make_args(tmp_path / "windows"))
+
+
+def test_a_resumed_run_says_how_its_rate_jumps(tmp_path):
+    run = start_run(make_args(tmp_path, epochs=3))
+    run.save(3, None, last=False)
+    checkpoint = common.load_checkpoint(tmp_path)
+    for epochs, lr, says in ((3, 0.05, False), (9, 0.1, False), (9, 0.05, True)):
+        run = start_run(make_args(tmp_path, epochs=epochs), checkpoint)
+        run.begin_epoch(1, 3, "loss")
+        run.after_step(4, lr, torch.tensor(1.0))
+        note = "--epochs 9 (was 3): the learning rate goes from 0.1 to 0.05"
+        assert (note in (tmp_path / "log.txt").read_text()) == says
+
+
+def test_a_resume_says_what_differs(tmp_path):
+    def parts(width, classes):
+        model = Model()
+        model.backbone, model.fc = common.ResNet18(stem="cifar", width=width), torch.nn.Linear(8 * width, classes)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
+
+    run = start_run(make_args(tmp_path), parts=parts(4, 2))
+    run.save(3, None, last=True)
+    checkpoint = common.load_checkpoint(tmp_path)
+    with pytest.raises(common.UsageError, match=r"backbone.conv1.weight was \(4, 3, 3, 3\) and is \(8, 3, 3, 3\); "):
+        common.restore(checkpoint, *parts(8, 2), ["a", "b"])
+    with pytest.raises(common.UsageError, match="the data had 2 classes and has 3, which differ in dog; "):
+        common.restore(checkpoint, *parts(4, 3), ["a", "b", "dog"])
+
+
+def test_the_log_takes_any_letter(tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    run = start_run(make_args(tmp_path))
+    run.say("日本 \udcff")
+    assert (tmp_path / "log.txt").read_bytes().endswith("日本 \\udcff\n".encode())
 
 
 def test_a_cut_off_last_line_of_metrics_is_left_out(tmp_path):
@@ -405,10 +561,11 @@ def some_network(stem):
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_of_any_form_are_understood(tmp_path, form, stem):
+def test_weights_of_any_form_are_understood(tmp_path, monkeypatch, form, stem):
     net, (write, words) = some_network(stem), FORMS[form]
-    torch.save(write(net), tmp_path / "net.pth")
-    found = common.load_weights(tmp_path / "net.pth")
+    monkeypatch.chdir(tmp_path)  # a path as long as this may fill a line of its own
+    torch.save(write(net), "net.pth")
+    found = common.load_weights("net.pth")
     assert (found["stem"], found["width"]) == (stem, 4)
     assert words in " ".join(found["note"].split()) and max(map(len, found["note"].splitlines()[1:]), default=0) < 80
     for name, value in net.state_dict().items():

@@ -422,11 +422,11 @@ def test_a_class_or_a_split_that_is_unreadable_as_a_whole(folder, tmp_path, caps
 def test_links_that_lead_nowhere_do_not_take_a_class_along(folder, tmp_path):
     (folder / "train/.#draft").symlink_to("nobody@host")  # an editor's lock
     (folder / "train/d").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(UsageError, match="train/d: a link that leads nowhere"):
+    with pytest.raises(UsageError, match="train/d: a broken link"):
         data.open_source(folder)
     (folder / "train/d").unlink()
     (folder / "train/a/more").symlink_to("more")  # to itself
-    with pytest.raises(UsageError, match="a/more: a link that leads nowhere"):
+    with pytest.raises(UsageError, match="a/more: a broken link"):
         data.open_source(folder)
     (folder / "train/a/more").unlink()
     check_whole(packed(folder, tmp_path / "c"))
@@ -825,6 +825,15 @@ def test_a_full_disk(folder, tmp_path):
             assert "disk full: 2.8 MB needed" in text and "--cache" in text
             assert not list((disk / "c").iterdir())
         check_whole(packed(folder, disk / "c"))  # and what fits is packed
+
+
+def test_a_stdout_that_closes_is_no_fault_of_the_cache(folder, tmp_path, monkeypatch):
+    def closed(*words, **kind):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(data, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        data.pack(data.open_source(folder), 16, cache=tmp_path / "cache")
 
 
 def test_a_disk_that_others_fill_meanwhile(folder, tmp_path):

@@ -1,6 +1,7 @@
 """knn.py: the vote against loops and scikit-learn, features of every image once, honest evaluation."""
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -214,6 +215,24 @@ def test_neighbours_of_few_and_of_partly_labelled_pictures(place, capsys):
     with pytest.raises(SystemExit):
         show("--data", "few", "--split", "test")
     assert "--split test: this data has no test images" in capsys.readouterr().err
+
+
+def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):
+    labels, classes = torch.arange(6), [str(c) for c in range(6)]
+    features = {"bank": torch.eye(6), "queries": torch.eye(6).roll(3, 0)}  # one vote: never the right class
+    dataset = types.SimpleNamespace(train=make_split(6, labels), val=make_split(6, labels), classes=classes)
+    dataset.train.paths, source = ["bank"] * 6, types.SimpleNamespace(description=[])
+    monkeypatch.setattr(common, "load_checkpoint", lambda path: {})
+    monkeypatch.setattr(common, "load_backbone", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(knn, "open_data", lambda *_: (source, dataset))
+    monkeypatch.setattr(knn, "extract", lambda network, split, *_: {
+        "layer4": features["bank" if split.paths and split.paths[0] == "bank" else "queries"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        knn.main(["--checkpoint", "run", "--k", "1", "99", "6"])
+    out = capsys.readouterr().out
+    assert "k 1    top-1   0.00 %   top-5   0.00 %" in out
+    assert out.count("k 6    top-1") == 1 and "there are 6 to vote: k is 6 where it is more" in out
 
 
 def test_class_table_counts():

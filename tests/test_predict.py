@@ -177,6 +177,8 @@ def test_without_a_classifier_the_training_images_vote(ask, tmp_path, capsys):
             share = (votes / votes.sum()).tolist()
             assert list(row["probabilities"].values()) == pytest.approx(share, abs=2e-3)
             assert list(row["probabilities"]) == CLASSES[:2]  # those of the images that vote
+    for row in json.loads(ask("--checkpoint", "run", "--json", "set/val", "--k", 1)):
+        assert row["probability"] == 1 and row["runner_up"] is row["runner_up_probability"] is None  # one vote
     predict.main(["--checkpoint", "run", "set/val", "--amp", "off"])
     captured = capsys.readouterr()
     assert "12 nearest of 12" in captured.err and captured.out.split()[:3] == ["file", "class", "votes"]

@@ -115,9 +115,12 @@ def test_the_rate_per_step_holds_until_another_is_given(train, monkeypatch, meth
     lr = 0.32 * (math.sqrt(8 / 256) if scaling else 8 / 256)
     assert rates == pytest.approx([0.01, 0.01, lr, lr, 0.5])
     log = open("runs/one/log.txt").read()
+    assert ("note    --max-steps 2 (was 1), --lr 0.32: the learning rate goes from" in log
+            and max(map(len, log.splitlines())) <= 79 and "None" not in log)
     assert "lr      0.01 per step of 8 images\n" in log and f"lr      {lr:g} per step of 8 images (0.32 per 256)" in log
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_begins_with_the_weights_of_init_and_needs_them_no_more(train, capsys, method):
     torch.manual_seed(7)
     net = common.ResNet18(width=4)
@@ -149,6 +152,36 @@ def test_stem_and_width_are_those_of_init(train, capsys):
                          (["--width", "8"], "--width 8: the network of --init has 6")):
         with pytest.raises(common.UsageError, match=words):
             simsiam.parse_args(["--init", "net.pth", *flags])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of a terminal")
+def test_a_terminal_that_closes_saves_first(train, monkeypatch):
+    signal_at(monkeypatch, 2, signal.SIGHUP)
+    signal_at(monkeypatch, 2, signal.SIGHUP)  # it may say so twice
+    with pytest.raises(SystemExit) as end:
+        train("simsiam", "--out", "run")
+    assert end.value.code == 128 + signal.SIGHUP and common.load_checkpoint("run")["step"] == 2
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        train("simsiam", "--resume", "run", "--max-steps", "3")
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert common.load_checkpoint("run")["step"] == 3
+
+
+def test_kept_checkpoints_outlive_a_resume_and_can_be_told(train, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, 6)
+        train("simsiam", "--out", "run", "--keep-every", "1", "--knn-every", "1")
+    train("simsiam", "--resume", "run")
+    kept = {path: common.load_checkpoint(f"run/{path}")["epoch"] for path in os.listdir("run") if "epoch" in path}
+    assert kept == {"epoch-0001.pt": 1, "epoch-0002.pt": 2, "epoch-0003.pt": 3}
+    capsys.readouterr()
+    importlib.import_module("knn").main(["--checkpoint", "run/epoch-0001.pt", "--k", "5", "--amp", "off"])
+    assert f"top-1 {common.read_metrics('run')[1]['knn']:6.2f} %" in capsys.readouterr().out
+    train("simsiam", "--resume", "run/epoch-0001.pt", "--epochs", "4")
+    assert common.load_checkpoint("run/epoch-0004.pt")["epoch"] == 4
 
 
 def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp_path, capsys):
