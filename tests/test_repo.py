@@ -77,8 +77,8 @@ def test_requirements_are_ranges():
 
 
 def test_commands_of_the_readme_exist(capsys):
-    """Every file that the README runs is there, and every flag it gives is one of that file's."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """Every file that README and docs run is there, and every flag they give is one of that file's."""
+    text = "".join(page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]).replace("\\\n", " ")
     found = re.findall(r"python ((?:\w+/)?\w+\.py)([^\n`|]*)", text)
     assert found
     helps = {}
