@@ -156,6 +156,7 @@ def test_stem_and_width_are_those_of_init(train, capsys):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of a terminal")
 def test_a_terminal_that_closes_saves_first(train, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     signal_at(monkeypatch, 2, signal.SIGHUP)
     signal_at(monkeypatch, 2, signal.SIGHUP)  # it may say so twice
     with pytest.raises(SystemExit) as end:
