@@ -365,14 +365,14 @@ def main(argv=None):
         for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
             lr = schedule.step(step)
             common.reseed(generator, args.seed, step)
-            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)           [A1]
+            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)            [A1]
             # How the keys are shuffled into BatchNorm groups: drawn for this step, like its views.   [S3.3]
             order1, order2 = (None if args.no_shuffle_bn else torch.randperm(args.batch_size, generator=generator)
                               for _ in range(2))
             # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder. [E2] [A1]
             ema_update(model.key_encoder.parameters(), model.query_parameters(), args.momentum_encoder)
             with autocast():
-                q1, k2 = network(x1, x2, order2)                      # (N, C)                       [A1]
+                q1, k2 = network(x1, x2, order2)                       # (N, C)                       [A1]
                 if args.symmetric:
                     q2, k1 = network(x2, x1, order1)
             loss = info_nce(q1, k2, model.queue, args.temperature)     #                        [E1] [A1]
