@@ -80,7 +80,7 @@ def list_files(arguments):
         other = [file for inner in folder.walk() for file in inner.others]
         foreign = data.foreign_pictures(other)  # a line each; where it cannot be read, that is said
         files += folder.pictures + foreign
-        others += [file for file in other if file not in foreign]
+        others += sorted({*other} - {*foreign})
     if not files:
         raise common.UsageError(f"{', '.join(arguments)}: no images found there")
     if others:
