@@ -13,8 +13,6 @@ Features    the backbone's pooled output in eval mode (never the projector, unle
             shows what lies near what; there is no accuracy.)
 """
 
-import argparse
-import importlib
 import time
 import warnings
 
@@ -24,7 +22,12 @@ from torchvision.utils import make_grid, save_image
 
 import augment
 import common
-import data
+import pictures
+from harness import flags, weights
+from harness.command import command
+from harness.distributed import is_main
+from harness.parser import Parser, number, path, png_file
+from harness.run import note_changes
 
 # ------------------------------------------------------------------------------------------------
 # The classifier
@@ -116,7 +119,7 @@ def extract(network, split, dataset, device, autocast, batch_size=None):
     network.eval()
     parts = {}
     batch_size = batch_size or (125 if device.type == "cpu" else 1000)
-    loader = data.Batches(split, batch_size, device, shuffle=False, drop_last=False)
+    loader = pictures.Batches(split, batch_size, device, shuffle=False, drop_last=False)
     for images, aspect, _, _ in loader.batches(0):
         with autocast():
             x = evaluation_view(images, aspect, dataset.size, dataset.mean, dataset.std)
@@ -127,53 +130,62 @@ def extract(network, split, dataset, device, autocast, batch_size=None):
 
 
 class Layers(torch.nn.Module):
-    """A backbone seen as x -> {layer name: pooled features}."""
+    """A backbone seen as x -> {layer name: pooled features}; of any but a ResNet18 its output alone, as layer4."""
 
     def __init__(self, backbone, names=("layer4",)):
         super().__init__()
         self.backbone, self.names = backbone, names
 
     def forward(self, x):
-        return self.backbone.features(x, self.names)
+        if isinstance(self.backbone, common.ResNet18):
+            return self.backbone.features(x, self.names)
+        return dict.fromkeys(self.names, self.backbone(x))
 
 
 class Monitor:
-    """kNN accuracy of a backbone while it trains: `Monitor(...)(backbone) -> {"knn": 61.3, "knn_20": 62.0, ...}`.
+    """kNN accuracy of a backbone while it trains: `Monitor(run)(backbone) -> {"knn": 61.3, "knn_20": 62.0, ...}`.
 
-    Percent top-1 of the query split, with k, 20 and 10 neighbours; further layers as "knn_layer3"; the seconds that
-    it took as "knn_seconds". None where `missing` says that there are no labels to vote with or to check against.
+    Percent top-1 of the images of --knn-split, with --knn-k, 20 and 10 neighbours; further layers of a ResNet18 as
+    "knn_layer3"; the seconds that it took as "knn_seconds". None in epochs where it is not `due`, or where there are
+    no labels to vote with or to check against, which is said.
     """
 
-    def __init__(self, dataset, device, autocast, k=200, temperature=0.1, split="val", layers=("layer4",)):
-        self.dataset, self.device, self.autocast = dataset, device, autocast
-        self.k, self.temperature, self.layers = k, temperature, layers
-        self.bank, self.queries = data.labelled(dataset.train), getattr(dataset, split)
-        self.queries = data.labelled(self.queries) if self.queries is not None else None
-        self.missing = None
-        if self.bank is None or len(self.bank.labels) == 0:
-            self.missing = "no labelled training images"
-        elif self.queries is None or len(self.queries.labels) == 0:
-            self.missing = f"no labelled {split} images"
+    def __init__(self, run, layers=("layer4",)):
+        self.run, self.dataset, self.layers = run, run.dataset, layers
+        self.bank, self.queries = (split and pictures.labelled(split)
+                                   for split in (run.dataset.train, getattr(run.dataset, run.args.knn_split)))
+        self.missing = "no labelled training images" if not self.bank else ""
+        self.missing = self.missing or (f"no labelled {run.args.knn_split} images" if not self.queries else "")
+        if self.missing:
+            run.say(f"note    no kNN: {self.missing}")
 
-    def __call__(self, backbone):
+    @property
+    def due(self):
+        """Whether --knn-every asks for it now: before the first step, after so many epochs, after the last."""
+        every = self.run.args.knn_every
+        return every > 0 and (self.run.last or self.run.epoch % every == 0)
+
+    def __call__(self, backbone, now=False):
+        """now: also where it is not due, unless --knn-every is 0."""
         names = {layer: "knn" if layer == "layer4" else f"knn_{layer}" for layer in self.layers}
-        if self.missing or not common.is_main():  # of several processes the first evaluates, the others wait
-            return {name: None for name in names.values()}
-        began = time.perf_counter()
+        if not (self.due or (now and self.run.args.knn_every)):
+            return {"knn": None}
+        if self.missing or not is_main():  # of several processes the first evaluates, the others wait
+            return dict.fromkeys(names.values())
+        began, run = time.perf_counter(), self.run
         network = Layers(backbone, self.layers)
         network.train(backbone.training)
-        bank = extract(network, self.bank, self.dataset, self.device, self.autocast)
-        queries = extract(network, self.queries, self.dataset, self.device, self.autocast)
-        labels, classes = self.bank.labels.to(self.device), len(self.dataset.classes)
-        truth = self.queries.labels.to(self.device)
+        bank, queries = (extract(network, split, self.dataset, run.device, run.autocast)
+                         for split in (self.bank, self.queries))
+        labels, truth = (split.labels.to(run.device) for split in (self.bank, self.queries))
         scores = {}
         for layer, name in names.items():
-            ks = (self.k, 20, 10) if layer == "layer4" else (self.k,)
+            ks = (run.args.knn_k, 20, 10) if layer == "layer4" else (run.args.knn_k,)
             similarity, rows = nearest(queries[layer], bank[layer], min(max(ks), len(labels)))  # nearest first
             for k in ks:
-                predicted = vote(similarity[:, :k], rows[:, :k], labels, classes, self.temperature).argmax(dim=1)
-                key = name if k == self.k else f"{name}_{k}"
-                scores[key] = 100.0 * (predicted == truth).sum().item() / len(truth)
+                votes = vote(similarity[:, :k], rows[:, :k], labels, len(self.dataset.classes), run.args.knn_t)
+                key = name if k == run.args.knn_k else f"{name}_{k}"
+                scores[key] = 100.0 * (votes.argmax(dim=1) == truth).sum().item() / len(truth)
         return scores | {"knn_seconds": time.perf_counter() - began}
 
 
@@ -183,26 +195,27 @@ class Monitor:
 
 
 def parse_args(argv):
-    parser = common.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--checkpoint", type=common.path, help="a run folder or one of its .pt files")
-    network.add_argument("--weights", metavar="FILE", type=common.path, help="instead of a run, the weights alone: a "
+    network.add_argument("--checkpoint", type=path, help="a run folder or one of its .pt files")
+    network.add_argument("--weights", metavar="FILE", type=path, help="instead of a run, the weights alone: a "
                          "file of a ResNet-18 with torchvision's names")
-    parser.flag("--image-size", "side of the pictures, with --weights", common.SHAPES, type=common.number(int, low=8))
-    add("--data", type=common.path, help="other images than those of the run, of any form that the methods take; "
+    weights.program_flag(parser)
+    parser.flag("--image-size", "side of the pictures, with --weights", flags.SHAPES, type=number(int, low=8))
+    add("--data", type=path, help="other images than those of the run, of any form that the methods take; "
         "with --weights toy, unless given")
-    add("--data-root", type=common.path, help="where a named data set lies (default: that of the run)")
-    add("--cache", type=common.path, help="folder for packed pictures (default: that of the run)")
+    add("--data-root", type=path, help="where a named data set lies (default: that of the run)")
+    add("--cache", type=path, help="folder for packed pictures (default: that of the run)")
     add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
     add("--split", choices=("val", "test"), default="val", help="which images are the queries")
-    add("--k", type=common.number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
+    add("--k", type=number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
     # Votes are exp(similarity / temperature): below 0.02 they would leave the range of float32.
-    add("--temperature", type=common.number(float, low=0.02), default=0.1, help="of the votes")
+    add("--temperature", type=number(float, low=0.02), default=0.1, help="of the votes")
     add("--layer", choices=("layer1", "layer2", "layer3", "layer4"), default="layer4",
         help="whose pooled output the features are")
     add("--projector", action="store_true", help="features behind the projector instead; usually worse")
-    add("--neighbours", metavar="PNG", type=common.png_file, help="write queries beside their nearest training images")
+    add("--neighbours", metavar="PNG", type=png_file, help="write queries beside their nearest training images")
     add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="forward precision")
     args = parser.parse_args(argv)
@@ -222,50 +235,57 @@ def open_data(args, checkpoint, splits):
     """
     saved = checkpoint["args"]
     holdout = 0.0 if saved["knn_split"] == "test" else 0.1
-    source = data.open_source(args.data or saved["data"], args.data_root or saved["data_root"],
-                              holdout=holdout)
-    data.note_changes(source, args.data, saved, splits)
-    size = checkpoint["image_size"] or args.image_size or common.SHAPES[source.kind]["image_size"]
-    dataset = data.pack(source, size, args.cache or saved["cache"], splits=splits,
-                        skip_unreadable=saved["skip_unreadable"])
+    source = pictures.open_source(args.data or saved["data"], args.data_root or saved["data_root"], holdout=holdout)
+    note_changes(source, args.data, saved, splits)
+    size = checkpoint["image_size"] or args.image_size or flags.SHAPES[source.kind]["image_size"]
+    dataset = pictures.pack(source, size, args.cache or saved["cache"], splits=splits,
+                            skip_unreadable=saved["skip_unreadable"])
     if checkpoint["mean"]:
         dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]  # what the network was trained with
     return source, dataset
 
 
-def projector_network(checkpoint, device):
-    """x -> {"projector": (N, D)}, rebuilt by the method's own file."""
-    build_model = getattr(importlib.import_module(checkpoint["method"]), "build_model", None)  # not in linear.py
-    model = build_model and build_model(argparse.Namespace(**checkpoint["args"] | {"init": None}))
+class Projected(torch.nn.Module):
+    """A model seen as x -> {"projector": (N, D)}."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return {"projector": self.model.projector(self.model.backbone(x))}
+
+
+def network_of(checkpoint, args, device):
+    """What --projector, --layer and --program ask for, in eval mode: x -> {name: (N, C)}, and the name."""
+    if not args.projector:
+        backbone = weights.load_backbone(checkpoint, device, args.program)
+        if args.layer != "layer4" and not isinstance(backbone, common.ResNet18):
+            raise common.UsageError(f"--layer {args.layer}: only a ResNet18 has it; leave it out")
+        return Layers(backbone, (args.layer,)), args.layer
+    program = args.program or weights.OWN.get(checkpoint["method"])
+    model = weights.build_model(checkpoint, program) if program else None
     if not hasattr(model, "projector"):
-        raise common.UsageError(f"--projector: a {checkpoint['method']} model has none")
+        raise common.UsageError(f"--projector: a {checkpoint['method']} model has none, or its program is not known: "
+                                "--program FILE.py")
     model.load_state_dict(checkpoint["model"])
-
-    class Projected(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return {"projector": self.model.projector(self.model.backbone(x))}
-
-    return Projected().to(device, memory_format=torch.channels_last)
+    return Projected(model).to(device, memory_format=torch.channels_last), "projector"
 
 
 def class_table(predicted, truth, classes):
     """Lines of a table: class, images, top-1, and what it is most often taken for."""
     width = min(24, max(5, *(len(name) for name in classes)))
     lines = [f"{'class':{width}}  images   top-1  most often taken for"]
-    for number, name in enumerate(classes):
-        answers = predicted[truth == number]
+    for row, name in enumerate(classes):
+        answers = predicted[truth == row]
         if len(answers) == 0:
             continue
-        wrong = answers[answers != number]
+        wrong = answers[answers != row]
         taken = ""
         if len(wrong):
             other = wrong.bincount(minlength=len(classes)).argmax().item()
             taken = f"{classes[other]} ({(wrong == other).sum().item()})"
-        share = 100.0 * (answers == number).sum().item() / len(answers)
+        share = 100.0 * (answers == row).sum().item() / len(answers)
         lines.append(f"{name[:width]:{width}}  {len(answers):6}  {share:5.1f} %  {taken}"[:79].rstrip())
     return lines
 
@@ -303,10 +323,10 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, 
         raise common.UsageError(f"--neighbours {path}: cannot write the picture: {error}") from None
 
 
-@common.command
+@command
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint = common.load_pretrained(args)
+    checkpoint = weights.load_pretrained(args)
     checkpoint["args"]["skip_unreadable"] |= args.skip_unreadable
     device = common.pick_device(args.device)
     autocast, _ = common.pick_precision(args.amp, device)
@@ -315,10 +335,10 @@ def main(argv=None):
         print(line)
     if checkpoint.get("note"):
         print(checkpoint["note"])
-    split, bank = getattr(dataset, args.split), data.labelled(dataset.train)
+    split, bank = getattr(dataset, args.split), pictures.labelled(dataset.train)
     if split is None and args.split == "test":
         raise common.UsageError("--split test: this data has no test images")
-    queries = data.labelled(split) if split is not None else ()
+    queries = pictures.labelled(split) if split is not None else ()
     measured = len(queries) > 0 and len(bank) > 0
     if not measured:
         if not args.neighbours:
@@ -326,10 +346,7 @@ def main(argv=None):
                                     "--neighbours PNG shows neighbours without")
         queries, bank = split or dataset.train, dataset.train
 
-    if args.projector:
-        network, name = projector_network(checkpoint, device), "projector"
-    else:
-        network, name = Layers(common.load_backbone(checkpoint, device), (args.layer,)), args.layer
+    network, name = network_of(checkpoint, args, device)
     bank_features = extract(network, bank, dataset, device, autocast)[name]
     query_features = bank_features if queries is bank else extract(network, queries, dataset, device, autocast)[name]
     labels, truth = bank.labels.to(device), queries.labels.to(device)

@@ -62,9 +62,9 @@ import torch.nn.functional as F
 
 import augment
 import common
-import data
-import distributed
+import harness
 import knn
+from harness import distributed
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -90,31 +90,31 @@ V1 = dict(temperature=0.07, head="linear", blur=0.0)
 
 
 def parse_args(argv=None):
-    parser = common.training_parser(__doc__, RECIPES)
+    parser = harness.training_parser(__file__, __doc__, RECIPES)
     add = parser.flag
     add("--min-crop", "smallest crop, fraction of the picture's area; too small: two crops share nothing",
-        type=common.number(float, above=0, high=1))
-    add("--blur", "chance of a Gaussian blur; not at 32 px", type=common.number(float, low=0, high=1))
+        type=harness.number(float, above=0, high=1))
+    add("--blur", "chance of a Gaussian blur; not at 32 px", type=harness.number(float, low=0, high=1))
     add("--queue-size", "K, keys of earlier batches that serve as negatives; more than the training images: "
-        "stale keys of the query's own picture are among them", type=common.number(int, low=1))
+        "stale keys of the query's own picture are among them", type=harness.number(int, low=1))
     add("--momentum-encoder", "m, what the key encoder keeps of itself each step; ablation: 0, it is the "
         "query encoder; too low: the queue's keys disagree, too high: it learns too late",
-        type=common.number(float, low=0, high=1))
+        type=harness.number(float, low=0, high=1))
     add("--temperature", "T of the softmax; too low: only the hardest negatives count",
-        type=common.number(float, above=0))
+        type=harness.number(float, above=0))
     add("--head", "projection head: one linear layer (v1) or two (v2)", choices=("linear", "mlp"))
-    add("--dim", "C, width of queries and keys", type=common.number(int, low=2), default=128)
+    add("--dim", "C, width of queries and keys", type=harness.number(int, low=2), default=128)
     add("--bn-splits", "groups of a batch, each with its own BatchNorm statistics as on a GPU of its own "
-        "(default: 8, fewer where a group would have less than 4 images)", type=common.number(int, low=1))
+        "(default: 8, fewer where a group would have less than 4 images)", type=harness.number(int, low=1), default=None)
     add("--symmetric", "both views are queries, twice the work per step", action="store_true")
     add("--v1", "the first paper: linear head, T 0.07, its views, lr / 10 at 60 and 80 %% of the run",
         action="store_true")
     add("--no-shuffle-bn", "ablation: query and key share a BatchNorm group, which gives the answer away",
         action="store_true")
-    args, checkpoint = common.parse_training(parser, argv, "moco")
+    args = harness.parse(parser, argv)
     if args.v1:
-        common.fill_flags(args, V1)
-    return args, checkpoint
+        harness.fill_flags(args, V1)
+    return args
 
 
 def bn_groups(splits, batch_size):
@@ -253,9 +253,9 @@ class MoCo(nn.Module):
 
 
 def build_model(args):
-    backbone = common.initialised(common.ResNet18(stem=args.stem, width=args.width), args)
-    bn_splits = max(1, args.bn_splits // distributed.size())  # each process is a group by nature  [DDP]
-    return MoCo(backbone, args.dim, args.queue_size, args.head, bn_splits)
+    backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width), args)
+    groups = bn_groups(args.bn_splits, args.batch_size)  # of all processes together; each is one by nature
+    return MoCo(backbone, args.dim, args.queue_size, args.head, max(1, groups // distributed.size()))
 
 
 @torch.no_grad()
@@ -307,71 +307,38 @@ def contrastive_accuracy(q, k, queue):
 # ------------------------------------------------------------------------------------------------
 
 
-@common.command
+@harness.command
 def main(argv=None):
-    args, checkpoint = parse_args(argv)
-    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
-    autocast, scaler = common.pick_precision(args.amp, device)
-    common.seed_everything(args.seed)
+    args = parse_args(argv)
+    with harness.open_run(args, RECIPES) as run:
+        two_crops = common.TwoCrops(functools.partial(view, args=args, mean=run.dataset.mean, std=run.dataset.std))
+        monitor = knn.Monitor(run)
 
-    # Data: packed once, held on the device where it fits, augmented there in whole batches.
-    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
-    common.fill_recipe(args, RECIPES[source.kind], source)
-    args.bn_splits = bn_groups(args.bn_splits, args.batch_size)  # of all processes together
-    run = common.Run("moco", args, source, checkpoint)
-    with distributed.leader_first():                                                            # [DDP]
-        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
-                            args.skip_unreadable)
-    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
-    two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
-    # It draws on the host, so a seed gives the same views on every device and number of processes.
-    generator = augment.Share().of(rank, world)                                                 # [DDP]
-    if args.views_png:
-        images, aspect, _, _ = next(batches.batches(0))
-        views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
-        return common.save_views(args.views_png, images, views, dataset.mean, dataset.std)
+        model = run.place(build_model(args))
+        lr = args.step_lr or args.lr * args.batch_size / 256
+        optimizer = torch.optim.SGD(model.query_parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
+                                    fused=True)
+        schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps,
+                                      kind="steps" if args.v1 else "cosine",
+                                      milestones=(0.6 * run.total_steps, 0.8 * run.total_steps))  # 120, 160 of 200
+        chance = math.log(1 + args.queue_size)
+        network = run.begin(model, optimizer, views=two_crops, chance=f"log(1 + K) = {chance:.2f}")
+        directions = 2 if args.symmetric else 1
+        if args.queue_size > directions * len(run.dataset.train):
+            run.say(f"note    --queue-size {args.queue_size}: {len(run.dataset.train)} images make fewer keys an "
+                    "epoch:\n        old keys of the query's own picture count as negatives; take less")
+        if run.step == 0 and monitor.due:
+            run.report(**monitor(model.backbone))                      # the untrained network
 
-    # Model and optimiser.
-    model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.step_lr or args.lr * args.batch_size / 256
-    optimizer = torch.optim.SGD(model.query_parameters(), lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
-    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
-    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps,
-                                  kind="steps" if args.v1 else "cosine",
-                                  milestones=(0.6 * total_steps, 0.8 * total_steps))  # 120, 160 of 200 epochs
-
-    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
-    chance = math.log(1 + args.queue_size)
-    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
-                     chance=f"log(1 + K) = {chance:.2f}")
-    if monitor.missing:
-        run.say(f"note    no kNN: {monitor.missing}")
-    directions = 2 if args.symmetric else 1
-    if args.queue_size > directions * len(dataset.train):
-        run.say(f"note    --queue-size {args.queue_size}: {len(dataset.train)} images make fewer keys an "
-                "epoch:\n        old keys of the query's own picture count as negatives; take less")
-    if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, lr=None, **monitor(model.backbone))
-    if args.compile:
-        common.compile_model(model, run)
-    network = distributed.parallel(model, device)                                               # [DDP]
-
-    while step < total_steps:                                                                   # [A1]
-        epoch = step // len(batches)
-        model.train()
-        losses, accuracies = run.begin_epoch(epoch, step, "loss", "accuracy")
-        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
-            lr = schedule.step(step)
-            common.reseed(generator, args.seed, step)
-            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)            [A1]
+        for images, aspect, labels in run.steps():                     # for x in loader              [A1]
+            schedule.step(run.step)
+            x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)             [A1]
             # How the keys are shuffled into BatchNorm groups: drawn for this step, like its views.   [S3.3]
-            order1, order2 = (None if args.no_shuffle_bn else torch.randperm(args.batch_size, generator=generator)
+            order1, order2 = (None if args.no_shuffle_bn else torch.randperm(args.batch_size, generator=run.random)
                               for _ in range(2))
             # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder. [E2] [A1]
             ema_update(model.key_encoder.parameters(), model.query_parameters(), args.momentum_encoder)
-            with autocast():
+            with run.autocast():
                 q1, k2 = network(x1, x2, order2)                       # (N, C)                       [A1]
                 if args.symmetric:
                     q2, k1 = network(x2, x1, order1)
@@ -382,31 +349,20 @@ def main(argv=None):
                 loss = loss + info_nce(q2, k1, model.queue, args.temperature)
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)                                     # update                      [A1]
-            scaler.update()
-
-            step += 1
-            losses.update(loss / directions, len(images))              # per query: chance stays log(1 + K)
-            accuracies.update(contrastive_accuracy(q1, k2, model.queue), len(images))
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimizer)                                 # update                       [A1]
+            run.scaler.update()
+            run.record(loss=loss / directions, accuracy=contrastive_accuracy(q1, k2, model.queue))  # per query
             # Last of all: keys that were in the queue already would be their own queries' negatives. [A1]
-            # Every process enqueues the keys of all: the queues stay the same.                   [DDP]
+            # Every process enqueues the keys of all: the queues stay the same.
             model.enqueue(torch.cat([distributed.gather(k) for k in ([k1, k2] if args.symmetric else [k2])]))
-            run.after_step(step, lr, loss)
-            if step == total_steps:
-                break
 
-        finished = epoch + 1
-        last = step == total_steps
-        due = args.knn_every and (last or finished % args.knn_every == 0)
-        scores = monitor(model.backbone) if due else {"knn": None}
-        row = run.log(epoch=finished, step=step, lr=lr, **scores)
-        if row["loss"] > 0.98 * chance:
-            run.say("  at chance: the queries do not find their keys. If it stays so,\n"
-                    f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)};\n"
-                    "  or raise --momentum-encoder or --min-crop.")
-        run.save(step, scores["knn"], last)
-    run.finish()
+            if run.epoch_ends:
+                row = run.report(**monitor(model.backbone))
+                if row["loss"] > 0.98 * chance:
+                    run.say("  at chance: the queries do not find their keys. If it stays so,\n"
+                            f"  {harness.rate_hint(args, RECIPES[args.kind], lr)};\n"
+                            "  or raise --momentum-encoder or --min-crop.")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ import torch.nn.functional as F
 
 import augment
 import common
-import data
-import distributed
+import harness
 import knn
+import pictures
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -77,29 +77,29 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser = common.training_parser(__doc__, RECIPES)
+    parser = harness.training_parser(__file__, __doc__, RECIPES)
     add = parser.flag
     add("--schedule", "of the learning rate after warm-up; steps: a fifth at 30, 60 and 80 %% of the run",
         choices=("steps", "cosine"))
     add("--crop", "pad: shift by up to an eighth of the side (4 px at 32), black edges; resized: a random "
         "part, enlarged", choices=("pad", "resized"))
     add("--min-crop", "of --crop resized: smallest crop, fraction of the picture's area; too small: nothing "
-        "in it shows which way is up", type=common.number(float, above=0, high=1))
+        "in it shows which way is up", type=harness.number(float, above=0, high=1))
     add("--one-rotation", "turn each image once, at random, instead of in all four ways: a quarter of the "
         "work and of the signal", action="store_true")
     add("--focal-gamma", "of the focal loss: how much less an easy input counts; 0: plain cross-entropy",
-        type=common.number(float, low=0), default=0.0)
-    add("--focal-alpha", "of the focal loss: a factor of the whole loss", type=common.number(float, above=0),
+        type=harness.number(float, low=0), default=0.0)
+    add("--focal-alpha", "of the focal loss: a factor of the whole loss", type=harness.number(float, above=0),
         default=1.0)
     add("--stop-at-accuracy", "end after the epoch whose validation rotation accuracy reaches this",
-        metavar="PERCENT", type=common.number(float, above=0, high=100))
+        metavar="PERCENT", type=harness.number(float, above=0, high=100), default=None)
     add("--flip-after-rotation", "ablation: mirror after the rotation, not before; 90 and 270 degrees merge",
         action="store_true")
-    args, checkpoint = common.parse_training(parser, argv, "rotnet")
-    common.check_stop(args.stop_at_accuracy, chance=25)
+    args = harness.parse(parser, argv)
+    harness.check_stop(args.stop_at_accuracy, chance=25)
     if args.stop_at_accuracy and args.knn_split == "test":
         parser.error("--stop-at-accuracy: the test split must not choose when to stop; leave --knn-split out")
-    return args, checkpoint
+    return args
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class RotNet(nn.Module):
 
 
 def build_model(args):
-    return RotNet(common.initialised(common.ResNet18(stem=args.stem, width=args.width), args))
+    return RotNet(harness.initialised(common.ResNet18(stem=args.stem, width=args.width), args))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,17 +217,17 @@ def percent_right(logits, y):
 
 
 @torch.no_grad()
-def rotation_scores(model, split, dataset, device, autocast, gamma=0.0, alpha=1.0, batch_size=125):
+def rotation_scores(model, split, dataset, autocast, gamma=0.0, alpha=1.0, batch_size=125):
     """Loss and rotation accuracy: every image of a split, evaluation view, eval mode, all four rotations.
 
-    split    data.Split; its labels are not needed. The model is left in the mode it came in.
+    split    pictures.Split; its labels are not needed. The model is left in the mode it came in.
     gamma, alpha  of focal_loss().
     returns  the mean loss, and 100 * correct / (4 * images), floats; chance is 25.
     """
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     losses, right, total = common.AverageMeter(), 0, 0
-    loader = data.Batches(split, batch_size, device, shuffle=False, drop_last=False)
+    loader = pictures.Batches(split, batch_size, device, shuffle=False, drop_last=False)
     for images, aspect, _, _ in loader.batches(0):
         x = knn.evaluation_view(images, aspect, dataset.size, dataset.mean, dataset.std)
         x4, y4 = rotation_batch(x)                                             # (4n, 3, S, S), (4n,)
@@ -240,118 +240,69 @@ def rotation_scores(model, split, dataset, device, autocast, gamma=0.0, alpha=1.
     return losses.avg, 100.0 * int(right) / total
 
 
+def held_out_scores(run, model):
+    """{"val_loss": ..., "val_rotation": percent}, or those of the test split; empty where it has no images."""
+    args, split = run.args, getattr(run.dataset, run.args.knn_split)
+    if split is None or not harness.is_main():
+        return {}
+    loss, right = rotation_scores(model, split, run.dataset, run.autocast, args.focal_gamma, args.focal_alpha)
+    return {f"{args.knn_split}_loss": loss, f"{args.knn_split}_rotation": right}
+
+
 # ------------------------------------------------------------------------------------------------
 # Training (Section 4.1)
 # ------------------------------------------------------------------------------------------------
 
 
-@common.command
+@harness.command
 def main(argv=None):
-    args, checkpoint = parse_args(argv)
-    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
-    autocast, scaler = common.pick_precision(args.amp, device)
-    common.seed_everything(args.seed)
+    args = parse_args(argv)
+    with harness.open_run(args, RECIPES) as run:
+        one_crop = functools.partial(view, args=args, mean=run.dataset.mean, std=run.dataset.std)
+        monitor = knn.Monitor(run, layers=("layer2", "layer3", "layer4"))
+        if args.stop_at_accuracy and run.dataset.val is None:
+            raise common.UsageError("--stop-at-accuracy: this data has no validation images; leave it out")
 
-    # Data: packed once, held on the device where it fits, augmented there in whole batches.
-    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
-    common.fill_recipe(args, RECIPES[source.kind], source)
-    if args.stop_at_accuracy and source.splits["val"] is None:
-        raise common.UsageError("--stop-at-accuracy: this data has no validation images; leave it out")
-    run = common.Run("rotnet", args, source, checkpoint)
-    with distributed.leader_first():                                                            # [DDP]
-        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
-                            args.skip_unreadable)
-    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
-    one_crop = functools.partial(view, args=args, mean=dataset.mean, std=dataset.std)
-    # It draws on the host, so a seed gives the same views on every device and number of processes.
-    generator = augment.Share().of(rank, world)                                                 # [DDP]
-    if args.views_png:
-        images, aspect, _, _ = next(batches.batches(0))
-        x4, _ = turn(one_crop(images, aspect, common.reseed(generator, args.seed, 0)), generator, args)
-        return common.save_views(args.views_png, images, x4.split(len(images)), dataset.mean, dataset.std)
+        model = run.place(build_model(args))
+        lr = args.step_lr or args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
+                                    nesterov=True, fused=True)
+        # Epochs 60, 120 and 160 of 200, and the same shares of any run.                            [S4.1]
+        milestones = [round(share * run.total_steps) for share in (0.3, 0.6, 0.8)]
+        schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps,
+                                      kind=args.schedule, milestones=milestones, factor=0.2)
+        chance = args.focal_alpha * 0.75**args.focal_gamma * math.log(4)
+        formula = "log(4)" if (args.focal_gamma, args.focal_alpha) == (0, 1) else "alpha (3/4)^gamma log(4)"
+        network = run.begin(model, optimizer, views=lambda *batch: turn(one_crop(*batch), run.random, args)[0],
+                            chance=f"{formula} = {chance:.4g} (25 % of rotations right)")
+        if run.step == 0 and monitor.due:
+            run.report(**held_out_scores(run, model), **monitor(model.backbone))  # the untrained network
 
-    # Model and optimiser.
-    model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.step_lr or args.lr * args.batch_size / 256  # of images: four inputs each do not raise it
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
-                                nesterov=True, fused=True)
-    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
-    # Epochs 60, 120 and 160 of 200, and the same shares of any run.                            [S4.1]
-    milestones = [round(share * total_steps) for share in (0.3, 0.6, 0.8)]
-    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
-    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps,
-                                  kind=args.schedule, milestones=milestones, factor=0.2)
-
-    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split,
-                          layers=("layer2", "layer3", "layer4"))
-    held_out = getattr(dataset, args.knn_split)  # None where the data has no such split
-
-    def held_out_scores():
-        """{"val_loss": ..., "val_rotation": percent}, or those of the test split; empty where it has no images."""
-        if held_out is None or not common.is_main():
-            return {}
-        loss, right = rotation_scores(model, held_out, dataset, device, autocast, args.focal_gamma, args.focal_alpha)
-        return {f"{args.knn_split}_loss": loss, f"{args.knn_split}_rotation": right}
-
-    chance = args.focal_alpha * 0.75**args.focal_gamma * math.log(4)
-    formula = "log(4)" if (args.focal_gamma, args.focal_alpha) == (0, 1) else "alpha (3/4)^gamma log(4)"
-    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
-                     chance=f"{formula} = {chance:.4g} (25 % of rotations right)")
-    if monitor.missing:
-        run.say(f"note    no kNN: {monitor.missing}")
-    if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, lr=None, **held_out_scores(), **monitor(model.backbone))
-    if args.compile:
-        common.compile_model(model, run)
-    network = distributed.parallel(model, device)                                               # [DDP]
-
-    while step < total_steps:
-        epoch = step // len(batches)
-        model.train()
-        losses, rotations = run.begin_epoch(epoch, step, "loss", "rotation")
-        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
-            lr = schedule.step(step)
-            common.reseed(generator, args.seed, step)
-            x = one_crop(images, aspect, generator)                    # (N, 3, S, S)
+        for images, aspect, labels in run.steps():
+            schedule.step(run.step)
+            x = one_crop(images, aspect, run.random)                   # (N, 3, S, S)
             # All four rotations of an image in one batch: better than one of them at random.     [S4.1]
-            x4, y4 = turn(x, generator, args)                          # (4N, 3, S, S), (4N,)
-            with autocast():
+            x4, y4 = turn(x, run.random, args)                         # (4N, 3, S, S), (4N,)
+            with run.autocast():
                 logits = network(x4)                                   # (4N, 4)                   [E1]
             # min over theta of 1/N sum_i loss(X_i): every image and every rotation weighs the same. [E2]
             loss = focal_loss(logits, y4, args.focal_gamma, args.focal_alpha)
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimizer)
+            run.scaler.update()
+            run.record(loss=loss, rotation=percent_right(logits, y4))
 
-            step += 1
-            losses.update(loss, len(images))
-            rotations.update(percent_right(logits, y4), len(images))
-            run.after_step(step, lr, loss)
-            if step == total_steps:
-                break
-
-        finished = epoch + 1
-        last = step == total_steps
-        due = args.knn_every and (last or finished % args.knn_every == 0)
-        held = held_out_scores() if due or args.stop_at_accuracy else {}
-        stop = not last and held.get("val_rotation", 0) >= (args.stop_at_accuracy or math.inf)
-        stop = distributed.same(stop)                                                           # [DDP]
-        if stop:
-            last, due = True, args.knn_every
-        scores = monitor(model.backbone) if due else {"knn": None}
-        row = run.log(epoch=finished, step=step, lr=lr, **held, **scores)
-        if row["rotation"] < 26:
-            run.say("  at chance: no rotation is recognised. If the pictures have a right way up,\n"
-                    f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
-        run.save(step, scores["knn"], last)
-        if stop:
-            run.say(f"stopped {held['val_rotation']:.2f} % of validation rotations are right: "
-                    f"--stop-at-accuracy {args.stop_at_accuracy:g}")
-            break
-    run.finish()
+            if run.epoch_ends:
+                held_out = held_out_scores(run, model) if monitor.due or args.stop_at_accuracy else {}
+                right, stop = held_out.get("val_rotation", 0), None
+                if args.stop_at_accuracy and right >= args.stop_at_accuracy:
+                    stop = f"{right:.2f} % of validation rotations are right: --stop-at-accuracy {args.stop_at_accuracy:g}"
+                row = run.report(stop, **held_out, **monitor(model.backbone, now=stop))
+                if row["rotation"] < 26:
+                    run.say("  at chance: no rotation is recognised. If the pictures have a right way up,\n"
+                            f"  {harness.rate_hint(args, RECIPES[args.kind], lr)}.")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,7 @@ import torch.nn.functional as F
 
 import augment
 import common
-import data
-import distributed
+import harness
 import knn
 
 # ------------------------------------------------------------------------------------------------
@@ -95,31 +94,27 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser = common.training_parser(__doc__, RECIPES)
+    parser = harness.training_parser(__file__, __doc__, RECIPES)
     add = parser.flag
     add("--min-crop", "smallest crop, fraction of the picture's area; too small: two crops share nothing",
-        type=common.number(float, above=0, high=1))
+        type=harness.number(float, above=0, high=1))
     add("--blur", "chance of a Gaussian blur; not for views of 32 px",
-        type=common.number(float, low=0, high=1))
-    add("--grey", "chance of a view without colour", type=common.number(float, low=0, high=1))
+        type=harness.number(float, low=0, high=1))
+    add("--grey", "chance of a view without colour", type=harness.number(float, low=0, high=1))
     add("--jitter-strength", "s of the colour jitter; too weak: colours alone tell the images apart",
-        type=common.number(float, low=0, high=2.5))
+        type=harness.number(float, low=0, high=2.5))
     add("--temperature", "T of the loss; too low: only the hardest negatives count, too high: all alike",
-        type=common.number(float, above=0))
+        type=harness.number(float, above=0))
     add("--proj-layers", "layers of the projection head", type=int, choices=(2, 3))
-    add("--hidden-dim", "width of its hidden layers", type=common.number(int, low=1))
-    add("--dim", "width D of z; little depends on it", type=common.number(int, low=2), default=128)
+    add("--hidden-dim", "width of its hidden layers", type=harness.number(int, low=1))
+    add("--dim", "width D of z; little depends on it", type=harness.number(int, low=2), default=128)
     add("--optimizer", "lars, the paper's, wants another --lr and --weight-decay than sgd",
         choices=("sgd", "lars"))
     add("--lr-scaling", "linear: the rate is lr x batch/256; sqrt: lr x sqrt(batch/256), for small batches "
         "and few epochs, where --lr 1.2 is the paper's 0.075 x sqrt(batch)", choices=("linear", "sqrt"))
     add("--no-projector", "ablation: z = h, the loss falls on the features themselves", action="store_true")
     add("--no-color-jitter", "ablation: views keep their colours, but for --grey", action="store_true")
-    args, checkpoint = common.parse_training(parser, argv, "simclr")
-    if checkpoint and args.optimizer != checkpoint["args"]["optimizer"]:
-        parser.error(f"--optimizer: the run to resume has {checkpoint['args']['optimizer']}, "
-                     "which cannot change")
-    return args, checkpoint
+    return harness.parse(parser, argv, fixed=("optimizer",))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -180,7 +175,7 @@ class SimCLR(nn.Module):
 
 def build_model(args):
     # Every residual branch starts at zero: each block begins as the identity (the authors' code).
-    backbone = common.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
+    backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return SimCLR(backbone, args.dim, args.hidden_dim, args.proj_layers, projector=not args.no_projector)
 
 
@@ -295,88 +290,45 @@ def scaled_lr(lr, batch_size, scaling):
     return lr * (batch_size / 256 if scaling == "linear" else math.sqrt(batch_size / 256))
 
 
-@common.command
+@harness.command
 def main(argv=None):
-    args, checkpoint = parse_args(argv)
-    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
-    autocast, scaler = common.pick_precision(args.amp, device)
-    common.seed_everything(args.seed)
+    args = parse_args(argv)
+    with harness.open_run(args, RECIPES) as run:
+        two_crops = common.TwoCrops(functools.partial(view, args=args, mean=run.dataset.mean, std=run.dataset.std))
+        monitor = knn.Monitor(run)
 
-    # Data: packed once, held on the device where it fits, augmented there in whole batches.
-    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
-    common.fill_recipe(args, RECIPES[source.kind], source)
-    run = common.Run("simclr", args, source, checkpoint)
-    with distributed.leader_first():                                                            # [DDP]
-        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
-                            args.skip_unreadable)
-    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
-    two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
-    # It draws on the host, so a seed gives the same views on every device and number of processes.
-    generator = augment.Share().of(rank, world)                                                 # [DDP]
-    if args.views_png:
-        images, aspect, _, _ = next(batches.batches(0))
-        views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
-        return common.save_views(args.views_png, images, views, dataset.mean, dataset.std)
+        model = run.place(build_model(args))
+        kind = LARS if args.optimizer == "lars" else functools.partial(torch.optim.SGD, fused=True)
+        lr = args.step_lr or scaled_lr(args.lr, args.batch_size, args.lr_scaling)
+        optimizer = kind(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
+        schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps)
+        chance = math.log(2 * args.batch_size - 1)
+        network = run.begin(model, optimizer, views=two_crops, sync_bn=True,
+                            chance=f"log(2N - 1) = {chance:.2f} (all outputs alike)")
+        if run.step == 0 and monitor.due:
+            run.report(**monitor(model.backbone))                      # the untrained network
 
-    # Model and optimiser.
-    model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.step_lr or scaled_lr(args.lr, args.batch_size, args.lr_scaling)
-    kind = LARS if args.optimizer == "lars" else functools.partial(torch.optim.SGD, fused=True)
-    optimizer = kind(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
-    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
-    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
-    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps)
-
-    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
-    chance = math.log(2 * args.batch_size - 1)
-    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
-                     chance=f"log(2N - 1) = {chance:.2f} (all outputs alike)")
-    if monitor.missing:
-        run.say(f"note    no kNN: {monitor.missing}")
-    if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, lr=None, **monitor(model.backbone))
-    if args.compile:
-        common.compile_model(model, run)
-    network = distributed.parallel(model, device, sync_bn=True)                                 # [DDP]
-
-    while step < total_steps:                                                                   # [A1]
-        epoch = step // len(batches)
-        model.train()
-        losses, accuracies = run.begin_epoch(epoch, step, "loss", "accuracy")
-        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
-            lr = schedule.step(step)
-            common.reseed(generator, args.seed, step)
-            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)            [A1]
-            with autocast():
+        for images, aspect, labels in run.steps():                     # for sampled minibatch       [A1]
+            schedule.step(run.step)
+            x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)            [A1]
+            with run.autocast():
                 # Both views in one forward: BatchNorm's statistics are those of all 2N.
                 z1, z2 = network(torch.cat([x1, x2])).chunk(2)         # 2 x (N, D)                  [A1]
-            # Negatives come from all processes, and gradients go back to them.                   [DDP]
-            z1, z2 = (distributed.gather_with_gradient(z.float()) for z in (z1, z2))
+            # Negatives come from all processes, and gradients go back to them.
+            z1, z2 = (harness.gather_with_gradient(z.float()) for z in (z1, z2))
             loss = nt_xent(z1, z2, args.temperature)                   #                        [E1] [A1]
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)                                     # update                      [A1]
-            scaler.update()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimizer)                                 # update                      [A1]
+            run.scaler.update()
+            run.record(loss=loss, accuracy=contrastive_accuracy(z1, z2))
 
-            step += 1
-            losses.update(loss, len(images))
-            accuracies.update(contrastive_accuracy(z1, z2), len(images))
-            run.after_step(step, lr, loss)
-            if step == total_steps:
-                break
-
-        finished = epoch + 1
-        last = step == total_steps
-        due = args.knn_every and (last or finished % args.knn_every == 0)
-        scores = monitor(model.backbone) if due else {"knn": None}
-        row = run.log(epoch=finished, step=step, lr=lr, **scores)
-        if row["loss"] > chance - 0.01:
-            run.say("  at chance: nothing is being learned. If --min-crop is small, raise it; or\n"
-                    f"  {common.rate_hint(args, RECIPES[source.kind], schedule.lr)}.")
-        run.save(step, scores["knn"], last)
-    run.finish()
+            if run.epoch_ends:
+                row = run.report(**monitor(model.backbone))
+                if row["loss"] > chance - 0.01:
+                    run.say("  at chance: nothing is being learned. If --min-crop is small, raise it; or\n"
+                            f"  {harness.rate_hint(args, RECIPES[args.kind], lr)}.")
 
 
 if __name__ == "__main__":

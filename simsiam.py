@@ -57,8 +57,7 @@ import torch.nn.functional as F
 
 import augment
 import common
-import data
-import distributed
+import harness
 import knn
 
 # ------------------------------------------------------------------------------------------------
@@ -79,18 +78,18 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser = common.training_parser(__doc__, RECIPES)
+    parser = harness.training_parser(__file__, __doc__, RECIPES)
     add = parser.flag
     add("--min-crop", "smallest crop, fraction of the picture's area; too small: two crops share nothing",
-        type=common.number(float, above=0, high=1))
-    add("--blur", "chance of a Gaussian blur; not for views of 32 px", type=common.number(float, low=0, high=1))
+        type=harness.number(float, above=0, high=1))
+    add("--blur", "chance of a Gaussian blur; not for views of 32 px", type=harness.number(float, low=0, high=1))
     add("--proj-layers", "layers of the projection MLP", type=int, choices=(2, 3))
-    add("--dim", "width d of z; narrower saves little", type=common.number(int, low=2), default=2048)
+    add("--dim", "width d of z; narrower saves little", type=harness.number(int, low=2), default=2048)
     add("--pred-dim", "hidden width of the predictor, a bottleneck: the paper keeps it at a quarter of --dim",
-        type=common.number(int, low=1), default=512)
+        type=harness.number(int, low=1), default=512)
     add("--no-stop-gradient", "ablation: let the gradient into z; collapses", action="store_true")
     add("--no-predictor", "ablation: h = identity; collapses", action="store_true")
-    return common.parse_training(parser, argv, "simsiam")
+    return harness.parse(parser, argv)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ class SimSiam(nn.Module):
 
 def build_model(args):
     # Every residual branch starts at zero: each block begins as the identity (the authors' code).
-    backbone = common.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
+    backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return SimSiam(backbone, args.dim, args.pred_dim, args.proj_layers, predictor=not args.no_predictor)
 
 
@@ -196,90 +195,45 @@ def output_std(z):
 # ------------------------------------------------------------------------------------------------
 
 
-@common.command
+@harness.command
 def main(argv=None):
-    args, checkpoint = parse_args(argv)
-    device = distributed.join(common.pick_device(args.device))                                  # [DDP]
-    autocast, scaler = common.pick_precision(args.amp, device)
-    common.seed_everything(args.seed)
+    args = parse_args(argv)
+    with harness.open_run(args, RECIPES) as run:
+        two_crops = common.TwoCrops(functools.partial(view, args=args, mean=run.dataset.mean, std=run.dataset.std))
+        monitor = knn.Monitor(run)
 
-    # Data: packed once, held on the device where it fits, augmented there in whole batches.
-    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
-    common.fill_recipe(args, RECIPES[source.kind], source)
-    run = common.Run("simsiam", args, source, checkpoint)
-    with distributed.leader_first():                                                            # [DDP]
-        dataset = data.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.quiet,
-                            args.skip_unreadable)
-    rank, world = distributed.rank(), distributed.size()  # 0 and 1 without torchrun              [DDP]
-    batches = data.Batches(dataset.train, args.batch_size, device, args.seed, rank=rank, world=world)
-    two_crops = common.TwoCrops(functools.partial(view, args=args, mean=dataset.mean, std=dataset.std))
-    # It draws on the host, so a seed gives the same views on every device and number of processes.
-    generator = augment.Share().of(rank, world)                                                 # [DDP]
-    if args.views_png:
-        images, aspect, _, _ = next(batches.batches(0))
-        views = two_crops(images, aspect, common.reseed(generator, args.seed, 0))
-        return common.save_views(args.views_png, images, views, dataset.mean, dataset.std)
+        model = run.place(build_model(args))
+        groups = [{"params": [*model.backbone.parameters(), *model.projector.parameters()]}]
+        if not args.no_predictor:
+            # h must adapt to the latest z: its rate does not decay (Section 4.2).
+            groups.append({"params": model.predictor.parameters(), "fix_lr": True})
+        lr = args.step_lr or args.lr * args.batch_size / 256
+        optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+        schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps)
+        network = run.begin(model, optimizer, views=two_crops, sync_bn=True, chance="0 (unrelated unit vectors)")
+        if run.step == 0 and monitor.due:
+            run.report(**monitor(model.backbone))                      # the untrained network
 
-    # Model and optimiser.
-    model = build_model(args).to(device, memory_format=torch.channels_last)
-    lr = args.step_lr or args.lr * args.batch_size / 256
-    encoder = [*model.backbone.parameters(), *model.projector.parameters()]
-    groups = [{"params": encoder}]
-    if not args.no_predictor:
-        # h must adapt to the latest z: its rate does not decay (Section 4.2).
-        groups.append({"params": model.predictor.parameters(), "fix_lr": True})
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
-    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
-    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps)
-
-    monitor = knn.Monitor(dataset, device, autocast, args.knn_k, args.knn_t, args.knn_split)
-    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
-                     chance="0 (unrelated unit vectors)")
-    if monitor.missing:
-        run.say(f"note    no kNN: {monitor.missing}")
-    if step == 0 and args.knn_every:
-        run.log(epoch=0, step=0, lr=None, **monitor(model.backbone))
-    if args.compile:
-        common.compile_model(model, run)
-    network = distributed.parallel(model, device, sync_bn=True)                                 # [DDP]
-
-    while step < total_steps:                                                                   # [A1]
-        epoch = step // len(batches)
-        model.train()
-        losses, stds = run.begin_epoch(epoch, step, "loss", "std")
-        for images, aspect, _, _ in batches.batches(epoch, start=step % len(batches)):
-            lr = schedule.step(step)
-            common.reseed(generator, args.seed, step)
-            x1, x2 = two_crops(images, aspect, generator)              # 2 x (N, 3, S, S)            [A1]
-            with autocast():
+        for images, aspect, labels in run.steps():                     # for x in loader             [A1]
+            schedule.step(run.step)
+            x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)            [A1]
+            with run.autocast():
                 # The views are forwarded one after the other: each has its own BatchNorm statistics.
                 p1, z1 = network(x1)                                   # (N, d)                      [A1]
                 p2, z2 = network(x2)
             loss = symmetric_loss(p1, z1, p2, z2, stop_gradient=not args.no_stop_gradient)  # [E2] [E4] [A1]
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)                                     # update                      [A1]
-            scaler.update()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimizer)                                 # update                      [A1]
+            run.scaler.update()
+            run.record(loss=loss, std=output_std(z1))
 
-            step += 1
-            losses.update(loss, len(images))
-            stds.update(output_std(z1), len(images))
-            run.after_step(step, lr, loss)
-            if step == total_steps:
-                break
-
-        finished = epoch + 1
-        last = step == total_steps
-        due = args.knn_every and (last or finished % args.knn_every == 0)
-        scores = monitor(model.backbone) if due else {"knn": None}
-        row = run.log(epoch=finished, step=step, lr=lr, **scores)
-        if row["std"] < 0.5:
-            run.say("  collapsing: all images give nearly the same output. Keep stop-gradient and predictor;\n"
-                    f"  if they are there, lower --lr (the rate per step is {schedule.lr:.3g}) or raise --batch-size.")
-        run.save(step, scores["knn"], last)
-    run.finish()
+            if run.epoch_ends:
+                row = run.report(**monitor(model.backbone))
+                if row["std"] < 0.5:
+                    run.say("  collapsing: all images give nearly the same output. Keep stop-gradient and predictor;\n"
+                            f"  if they are there, lower --lr (the rate per step is {lr:.3g}) or raise --batch-size.")
 
 
 if __name__ == "__main__":

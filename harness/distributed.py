@@ -5,9 +5,7 @@
 PyTorch's distributed engine does the work: NCCL between GPUs, Gloo between CPUs, gradients averaged by
 DistributedDataParallel. Every process draws the views of the whole batch from the same seed and keeps its own
 rows (augment.Share), so a seed trains the same run on one process and on eight, as far as the method allows.
-Process 0 alone prints, writes and evaluates.
-
-Without torchrun nothing here does anything: rank is 0, size is 1, and functions return what they got.
+Process 0 alone prints, writes and evaluates. Without torchrun functions return what they got.
 """
 
 import contextlib
@@ -20,6 +18,11 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from common import UsageError
+
+
+def is_main():
+    """Whether this process is the one that prints and writes: the only one, or torchrun's process 0."""
+    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
 def rank():
@@ -60,8 +63,8 @@ def join(device):
 def parallel(model, device, sync_bn=False):
     """The model to call in the training loop: DistributedDataParallel around `model`, whose gradients are means.
 
-    sync_bn  on GPUs, BatchNorm sees the batch of all processes. (torch has no such layer for CPUs: there
-             each process normalises its own share.)
+    sync_bn  BatchNorm sees the batch of all processes. (torch has no such layer for CPUs: there each process
+             normalises its own share.)
     """
     if not dist.is_initialized():
         return model

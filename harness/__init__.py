@@ -1,0 +1,33 @@
+"""What stands around a training loop and no paper mentions. A method needs these names and no other file:
+
+    command(main)               errors become one line and exit code 2
+    training_parser, parse      the flags of every method; number(...): a type of a flag
+    initialised(backbone, args) the weights of --init
+    gather_with_gradient(z)     rows of all processes, and gradients back to them
+    is_main()                   whether this process is the one that evaluates
+    rate_hint(...)              what to do about a loss at chance
+    open_run(args, recipes)     a run, for a `with` statement. Its names, all that a method may use:
+
+        args          the flags, complete                         dataset       pictures: classes, mean, std, splits
+        place(model)  on the device                               random        generator of this step's draws
+        begin(...)    folder, --resume, --views-png, processes    scaler        torch's GradScaler
+        total_steps   of the whole run                            autocast()    context of the forward pass
+        warmup_steps  of them                                     record(...)   figures of this step, loss among them
+        step          number of the present step, from 0          epoch_ends    whether this step is an epoch's last
+        steps()       images, aspect, labels of every step        report(...)   an epoch's line; stop="why" ends the run
+        say(text)     terminal and log.txt
+
+Saved and restored are the model, the optimizer and whatever else is handed to begin() by a name of its own, always
+between two steps. So what a step changes may be changed anywhere in the loop's body.
+"""
+
+from harness.checkpoint import load as load_checkpoint
+from harness.command import command
+from harness.distributed import gather_with_gradient, is_main
+from harness.flags import check_stop, fill_flags, parse, rate_hint, training_parser
+from harness.parser import number
+from harness.run import open_run
+from harness.weights import initialised, load_backbone
+
+__all__ = ["check_stop", "command", "fill_flags", "gather_with_gradient", "initialised", "is_main", "load_backbone",
+           "load_checkpoint", "number", "open_run", "parse", "rate_hint", "training_parser"]

@@ -1,0 +1,212 @@
+"""The flags that every training program offers, their defaults by the kind of data, and those of a resumed run."""
+
+import argparse
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+import pictures
+from common import UsageError
+from harness import checkpoint
+from harness.log import tensorboard_writer
+from harness.parser import Parser, Rate, absolute_path, number, path, png_file, save_interval
+from harness.weights import load_weights, take_shape
+
+NEWEST = "newest"  # --resume without a folder
+
+# Kind of data -> what a network without a run takes: the same as in the methods' recipes.
+SHAPES = {
+    "toy": dict(image_size=32, stem="cifar", width=16),
+    "cifar": dict(image_size=32, stem="cifar", width=64),
+    "stl10": dict(image_size=96, stem="imagenet", width=64),
+    "photos": dict(image_size=128, stem="imagenet", width=64),
+}
+# What a resumed run cannot change; a program may name more, see parse().
+FIXED = ("data", "image_size", "stem", "width", "batch_size", "knn_split", "init")
+# What does not belong to a recipe: where and how a run works, not what it computes.
+PLUMBING = {"method", "kind", "data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
+            "views_png", "device", "amp", "compile", "save_every", "keep_every", "skip_unreadable", "knn_every",
+            "contents"}
+
+
+def training_parser(file, doc, recipes, without=()):
+    """A Parser with the flags that every method offers, but those in `without`.
+
+    file     __file__ of the program: its name is the method's.  doc: __doc__.
+    recipes  the method's table of defaults: kind of data -> flag -> value.
+    """
+    parser = Parser(doc, recipes)
+    parser.set_defaults(method=Path(file).stem)
+    whole, real = partial(number, int), partial(number, float)
+
+    def add(flag, meaning, **kind):
+        if flag not in without:
+            parser.flag(flag, meaning, **kind)
+
+    add("--data", f"folder of pictures, or {', '.join(pictures.NAMED_DATA)}", type=path, default="toy")
+    add("--data-root", "where cifar10 ... food101 lie or are downloaded to", type=path, default="./data")
+    add("--download", "fetch the named data set into --data-root", action="store_true")
+    add("--cache", "folder for packed pictures (default: in the user's cache folder)", type=path, default=None)
+    add("--skip-unreadable", "go on without pictures that cannot be read; they are counted and listed",
+        action="store_true")
+    add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone", type=whole(low=8))
+    add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "
+        "and runs out of memory", choices=("cifar", "imagenet"))
+    add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))
+    add("--epochs", "passes over the training images", type=whole(low=1))
+    add("--batch-size", "images per step", type=whole(low=2))
+    rates = parser.add_mutually_exclusive_group()
+    add("--lr", "learning rate per 256 images; that of a step is in proportion to the batch size; too high: the loss "
+        "stays at chance or turns NaN", type=real(above=0), action=Rate, group=rates)
+    add("--step-lr", "instead of --lr: the learning rate per step, whatever the batch size, as most articles give it",
+        type=real(above=0), action=Rate, group=rates)
+    add("--weight-decay", "L2 penalty", type=real(low=0))
+    add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs",
+        type=real(low=0))
+    add("--seed", "random seed for weights, data order and views", type=whole(low=0), default=0)
+    add("--device", "auto (cuda, mps, cpu), or one of them, or cuda:1", default="auto")
+    add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
+    add("--compile", "torch.compile: a minute or more at first, faster steps after", action="store_true")
+    add("--init", "weights that the backbone starts from, then with their stem and width: a run, or a file of a "
+        "ResNet-18 with torchvision's names", metavar="FILE", type=absolute_path, default=None)
+    add("--out", "folder of the run (default: runs/<method>-<data>-<time>)", type=path, default=None)
+    add("--resume", "folder or checkpoint of a run to go on with; its flags hold unless given anew; without "
+        "a folder: the newest run below runs/ that has the flags given here", metavar="RUN", nargs="?",
+        const=NEWEST, type=path, default=None)
+    add("--save-every", "epochs between checkpoints, or minutes: 10min", type=save_interval, default=1)
+    add("--keep-every", "epochs between checkpoints that are kept, as epoch-0050.pt: --checkpoint, --resume take them",
+        type=whole(low=1), default=None)
+    add("--knn-every", "epochs between kNN evaluations, 0: never; each costs a tenth of an epoch or more",
+        type=whole(low=0))
+    add("--knn-k", "neighbours that vote", type=whole(low=1), default=200)
+    add("--knn-t", "temperature of their votes", type=real(low=0.02), default=0.1)
+    add("--knn-split", "test: train on every training image and query the test split, as published CIFAR "
+        "curves do; then it chooses nothing and there is no best.pt", choices=("val", "test"), default="val")
+    add("--views-png", "write what the network sees, one row per image, and exit", metavar="FILE", type=png_file,
+        default=None)
+    add("--quiet", "print nothing but errors; log.txt still has it all", action="store_true")
+    add("--tensorboard", "write the figures for TensorBoard too", action="store_true")
+    add("--max-steps", "end after this many steps; the schedule is fitted to it", type=whole(low=1), default=None)
+    return parser
+
+
+def parse(parser, argv, fixed=()):
+    """Parse a training program's flags; with --resume the saved run's flags stand in for the defaults.
+
+    fixed    further flags that a resumed run cannot change.
+    returns  args; .resume is the checkpoint to go on with, or None. Flags of the recipes may be None still.
+    """
+    args = _absolute(parser.parse_args(argv))
+    for kind, recipe in parser.recipes.items():
+        unknown = [name for name in recipe if name not in args]
+        if unknown:
+            raise UsageError(f"RECIPES[{kind!r}] has {unknown[0]!r}, and there is no flag "
+                             f"--{unknown[0].replace('_', '-')}; add one, or take it out of the recipes")
+    if args.tensorboard:
+        tensorboard_writer()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    if args.resume == NEWEST or (args.resume is None and restarted):
+        unset = object()
+        everything = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        given = {name for name, value in vars(everything).items() if value is not unset} - {"resume", "out"}
+        args.resume = newest_run(args, given)
+        if args.resume is None and not restarted:
+            parser.error(f"--resume: no run of {args.method} with these flags in {Path(args.out or 'runs')}; "
+                         "name its folder")
+    if args.resume is not None:
+        return _parse_resumed(parser, argv, args, fixed)
+    if args.download and args.data == "toy":
+        parser.error("--download: toy is drawn, not downloaded; add --data cifar10, for instance")
+    if args.out and (Path(args.out) / "last.pt").exists():
+        parser.error(f"--out {args.out}: holds a run already; --resume it, or name another folder")
+    if getattr(args, "init", None):
+        take_shape(args, load_weights(args.init), "--init")
+    return args
+
+
+def _absolute(args):
+    # The run may be resumed or evaluated from another folder.
+    if args.data and args.data not in pictures.NAMED_DATA and os.path.isdir(args.data):
+        args.data = os.path.abspath(args.data)
+    args.data_root = args.data_root and os.path.abspath(args.data_root)
+    args.cache = args.cache and os.path.abspath(args.cache)
+    return args
+
+
+def _parse_resumed(parser, argv, first, fixed):
+    saved = dict(checkpoint.load(first.resume, first.method)["args"])
+    file = checkpoint.file_of(first.resume)
+    for name in ("resume", "views_png"):
+        saved.pop(name, None)
+    args = _absolute(parser.parse_args(argv, argparse.Namespace(**saved)))  # argparse keeps what is there
+    if first.out and os.path.abspath(first.out) != os.path.abspath(file.parent):
+        parser.error(f"--out {first.out}: a resumed run goes on in its own folder, {file.parent}")
+    args.out, args.resume = str(file.parent), str(file)
+    for name in (*FIXED, *fixed):
+        if getattr(args, name, None) != saved.get(name):
+            parser.error(f"--{name.replace('_', '-')}: the run to resume has {saved.get(name)}, which cannot change")
+    return args
+
+
+def newest_run(args, given):
+    """The folder of the newest run (that has a checkpoint) whose flags `given` have the values of args, or None."""
+    found = []
+    for file in [Path(args.out, "last.pt")] if args.out else Path("runs").glob("*/last.pt"):
+        try:
+            saved = json.loads((file.parent / "args.json").read_text())
+            if saved["method"] == args.method and all(saved.get(name) == getattr(args, name) for name in given):
+                found.append((file.stat().st_mtime, str(file.parent)))
+        except (OSError, ValueError, KeyError):  # not a run of ours
+            continue
+    return max(found)[1] if found else None
+
+
+def fill_flags(args, recipe):
+    """Give every flag that is still None its value from a table of defaults."""
+    for name, value in recipe.items():
+        if name == "warmup_epochs":  # a run of fewer epochs than the table's warms up for a shorter while
+            value = round(value * min(1, (args.epochs or recipe["epochs"]) / recipe["epochs"]), 3)
+        if getattr(args, name) is None and not (name in ("lr", "lr_scaling") and args.step_lr):
+            setattr(args, name, value)
+
+
+def check_batch(args, source):
+    """raises  UsageError for a batch larger than the training images, or that processes cannot share equally."""
+    train = source.splits["train"]
+    images = sum(train.counts) if train else 0
+    if images < args.batch_size:
+        raise UsageError(f"--batch-size {args.batch_size}: more than the {images} training images; "
+                         f"take at most {images}")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if args.batch_size % world:
+        raise UsageError(f"--batch-size {args.batch_size}: of all processes together; it must be a multiple of their "
+                         f"number, {world}: take {args.batch_size // world * world or world}")
+
+
+def check_stop(percent, chance):
+    """raises  UsageError for a --stop-at-accuracy that chance alone reaches, or that is a share, 0.95 for 95 %."""
+    low = max(1, chance)
+    if percent is not None and percent <= low:
+        fix = f"did you mean {100 * percent:g}?" if low < 100 * percent <= 100 else "take more"
+        raise UsageError(f"--stop-at-accuracy {percent:g}: in percent, and chance alone reaches {chance:.3g}; {fix}")
+
+
+def holdout(args):
+    """The part of the training images held out where a source has no validation split."""
+    return 0.0 if args.knn_split == "test" else 0.1
+
+
+def rate_hint(args, recipe, lr):
+    """What to do about the rate of a run whose loss stays at chance, in words.
+
+    recipe  of this kind of data.  lr: the rate per step, after warm-up.
+    """
+    if args.warmup_epochs > args.epochs / 2:
+        return f"lower --warmup-epochs: {args.warmup_epochs:g} of {args.epochs} epochs are most of the run"
+    usual, flag = recipe["lr"] * recipe["batch_size"] / 256, "lr" if args.lr else "step-lr"
+    short = args.max_steps or args.epochs < recipe["epochs"]
+    return (f"{'lower' if lr >= usual else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
+            f"{'train longer' if short else 'raise --warmup-epochs'}")

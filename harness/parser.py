@@ -1,0 +1,166 @@
+"""argparse with one-line errors, the nearest flag for a wrong one, and types that check a value before any work."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+from common import UsageError, printable
+from harness.command import complain
+
+# What articles and other programs call it, where the letters do not lead to our word for it.
+WORDS = {
+    "threshold": "--stop-at-accuracy", "early-stop": "--stop-at-accuracy", "early-stopping": "--stop-at-accuracy",
+    "save-steps": "--keep-every", "save-freq": "--keep-every", "freeze": "linear.py --probe",
+    "unfreeze": "linear.py --finetune", "moco-k": "--queue-size", "moco-m": "--momentum-encoder",
+    "moco-t": "--temperature", "tau": "--temperature", "learning-rate": "--lr", "wd": "--weight-decay",
+    "bs": "--batch-size", "b": "--batch-size", "arch": "--width (of a ResNet-18)", "gpu": "--device",
+    "pretrained": "--checkpoint or --init", "ckpt": "--checkpoint or --init", "init": "--weights",
+    "workers": "all cores work anyway", "num-workers": "all cores work anyway",
+}
+
+
+def flag_text(name, value):
+    """("lr", 0.1) -> "--lr 0.1"."""
+    return f"--{name.replace('_', '-')} {value}"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Default values in the help, where they say something."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and flags whose default depends on the data.
+
+    recipes  {kind of data: {flag: value}}; a flag that stands there starts as None, see fill_flags.
+    """
+
+    def __init__(self, description, recipes=None):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        self.recipes = recipes or {"": {}}
+
+    def flag(self, flag, meaning, recipes=None, group=None, **kind):
+        """add_argument(flag, ...) whose help also says what each kind of data takes by default.
+
+        raises  UsageError for a flag that takes a value but has none: neither a default nor one in each recipe.
+        """
+        name, recipes = flag[2:].replace("-", "_"), recipes or self.recipes
+        lacking = [data for data, recipe in recipes.items() if name not in recipe]
+        if not lacking:
+            meaning += f" (default: {', '.join(f'{data} {recipe[name]}' for data, recipe in recipes.items())})"
+        elif not {"default", "action"} & kind.keys():
+            raise UsageError(f"{flag}: this flag has no default, and RECIPES[{lacking[0]!r}] has no {name!r}; give it "
+                             "one of the two (default=None, if it may be left out)")
+        (group or self).add_argument(flag, help=meaning, **kind)
+
+    def error(self, message):  # argparse prints the whole usage first
+        complain(f"{self.prog}: error: {printable(message)}", 2)
+
+    def exit(self, status=0, message=None):  # after --help
+        sys.stdout.flush()
+        super().exit(status, message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's, of flags that may be spelt with underscores; an unknown flag is refused before all else."""
+        args = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        for i, arg in enumerate(args):
+            name, *value = arg.split("=", 1)
+            if arg == "--":  # what follows are no flags
+                break
+            if not re.match("--?[A-Za-z][^ ]*$", name) or name in self._option_string_actions:
+                continue
+            flag = name.replace("_", "-")
+            if flag not in self._option_string_actions:
+                self.error(f"{name}: no such flag{self._meant(flag)}")
+            args[i] = "=".join([flag, *value])
+        return super().parse_known_args(args, namespace)
+
+    def _meant(self, flag):
+        word, flags = flag.lstrip("-").lower(), [f.lstrip("-") for f in self._option_string_actions]
+        here = (w for w in WORDS.get(word, "").split(" or ") if not w.startswith("--") or w.split()[0][2:] in flags)
+        other = next(here, "") or "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
+        return f"; did you mean {other}?" if "--" in other else f"; {other or '--help lists them'}"
+
+    def _check_value(self, action, value):  # argparse's names no nearest
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = difflib.get_close_matches(str(value).lower(), choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(action, f"no such value: {value!r}{hint} (choose from {', '.join(choices)})")
+
+
+class Rate(argparse.Action):
+    """--lr or --step-lr: the one that is given replaces whichever a resumed run has saved."""
+
+    def __call__(self, parser, args, value, flag=None):
+        args.lr = args.step_lr = None
+        setattr(args, self.dest, value)
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: an int or float within [low, high], or strictly above `above`, that a tensor can hold.
+
+    A whole number, be it a count or a seed, must fit int64; another float32, with room for a product or a quotient.
+    """
+    limits = (("at least", low), ("above", above), ("at most", high))
+    bounds = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {word}") from None
+        smallest, largest = (1, 2**63 - 1) if kind is int else (1e-30, 1e30)
+        if value and not smallest <= abs(value) <= largest:  # nor is nan
+            allowed = f"at most {largest}" if kind is int else f"from {smallest:g} to {largest:g}"
+            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range, {allowed}")
+        if (low is not None and value < low) or (above is not None and value <= above) or (
+                high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+
+    return parse
+
+
+def path(text):
+    """An argparse type: a file or folder that is there or could be; ~ stands for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    text = os.path.expanduser(text)
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # others say it with more words
+        pass
+    except (OSError, ValueError) as error:  # too long; a null character
+        short = text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
+        raise argparse.ArgumentTypeError(f"{short}: {getattr(error, 'strerror', error)}") from None
+    return text
+
+
+def absolute_path(text):
+    """The same, for what a run may be asked for from another folder."""
+    return os.path.abspath(path(text))
+
+
+def png_file(text):
+    """An argparse type: a picture to write, checked before any work."""
+    text = path(text)
+    file, folder = Path(text), Path(text).absolute().parent
+    if file.suffix.lower() != ".png" or file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} must be a .png file in a folder that can be written to")
+    return text
+
+
+def save_interval(text):
+    """An argparse type: "3" epochs -> 3; "10min" stays what it is."""
+    minutes = text.endswith("min")
+    value = number(float if minutes else int, **({"above": 0} if minutes else {"low": 1}))(text.removesuffix("min"))
+    return text if minutes else value

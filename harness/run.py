@@ -1,0 +1,367 @@
+"""A training run from its flags to its last checkpoint: what stands around the loop that a method shows.
+
+How a run is saved, told to stop, what it says and where it lies have files of their own; here they come together.
+The names of a Run that a method uses are explained in harness/__init__.py.
+"""
+
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+import augment
+import common
+import pictures
+from common import UsageError
+from harness import checkpoint, distributed, flags
+from harness.command import Interrupted, Stop, out_of_memory
+from harness.folder import Folder, read_metrics
+from harness.log import Figures, Log, wrapped
+from harness.parser import flag_text
+
+
+def open_run(args, recipes):
+    """The Run of a method: device, precision, pictures, and what a resumed run had. Use it in a `with` statement.
+
+    args     of the method's parse_args(); complete afterwards: nothing writes to it any more.
+    recipes  the method's table: kind of data -> flag -> value, for the flags that are None.
+    raises   UsageError for whatever does not fit or is not there; nothing but packed pictures is written then.
+    """
+    device, autocast, scaler = set_up(args)
+    source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
+    args.kind = source.kind
+    flags.fill_flags(args, recipes[source.kind])
+    flags.check_batch(args, source)
+    run = Run(args, source, device, autocast, scaler)
+    with distributed.leader_first():
+        dataset = pictures.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.log.quiet,
+                                args.skip_unreadable)
+    run.feed(dataset, pictures.Batches(dataset.train, args.batch_size, device, args.seed, rank=distributed.rank(),
+                                       world=distributed.size()))
+    return run
+
+
+def set_up(args):
+    """-> device, autocast and gradient scaler of the flags; random generators seeded, processes joined."""
+    device = distributed.join(common.pick_device(args.device))
+    autocast, scaler = common.pick_precision(args.amp, device)
+    common.seed_everything(args.seed)
+    return device, autocast, scaler
+
+
+class Run:
+    """One training run.
+
+    source  of pictures.open_source.  device, autocast, scaler: of set_up().
+    name    what the folder's name begins with, if it is not the method.
+    score   the figure of report() that chooses the file `best`, percent; title: its name on the terminal.
+    """
+
+    def __init__(self, args, source, device, autocast, scaler, name=None, score="knn", title="kNN", best="best.pt"):
+        self.args, self.device, self.autocast, self.scaler, self.best_file = args, device, autocast, scaler, best
+        self.saved = checkpoint.load(args.resume, args.method) if args.resume else None
+        changed = self.saved and changed_images(self.saved["args"], source, ("train", args.knn_split))
+        if changed:
+            raise UsageError(f"--resume {args.out}: the images are not those of the run any more ({changed}); bring "
+                             "them back, or start a new run on those that are there now")
+        args.contents = source.contents
+        self.folder, self.stop = Folder(args.out, f"{name or args.method}-{source.name}", bool(self.saved)), Stop()
+        self.log = Log(self.folder, self.stop, args.quiet, score, title)
+        self.step, self.inside, self.ended, self.saver, self.next_command = 0, False, None, None, None
+        for line in source.description:
+            self.say(line)
+
+    def feed(self, dataset, batches):
+        """Name what it trains on: pictures.Dataset and pictures.Batches."""
+        args, self.dataset, self.batches, self.epoch_steps = self.args, dataset, batches, len(batches)
+        self.total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
+        self.warmup_steps = round(args.warmup_epochs / args.epochs * self.total_steps)  # --max-steps shortens it too
+        self.epochs = math.ceil(self.total_steps / self.epoch_steps)
+        # It draws on the host, so a seed gives the same views on every device and number of processes.
+        self.random = augment.Share().of(distributed.rank(), distributed.size())
+
+    def place(self, model):
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def say(self, text):
+        self.log.say(text)
+
+    def begin(self, model, optimizer, chance, views=None, sync_bn=False, extra=dict, **states):
+        """Make the folder, or restore the run that stands there; say the recipe in one screen.
+
+        chance   the loss of a network that knows nothing, in words.
+        views    (images, aspect, random) -> views of the images, for --views-png.
+        sync_bn  on several GPUs, BatchNorm sees the batch of all.
+        extra    () -> dict: what else stands in the checkpoints, for others to read.
+        states   whatever else has a state_dict(): it is saved and restored.
+        returns  the network to call in the loop: the model, on several processes wrapped.
+        raises   UsageError where the folder cannot be written or lacks space, or the flags do not fit.
+        """
+        if views and self.args.views_png:
+            write_views(self, views)
+        if not isinstance(getattr(getattr(model, "backbone", None), "dim", None), int):
+            raise UsageError("the model has no backbone.dim: model.backbone must map images to (N, backbone.dim)")
+        self.parts, self.extra = (model, optimizer, self.scaler, states), extra
+        self.model, self.optimizer, lr = model, optimizer, optimizer.param_groups[0]["lr"]
+        self.jump = restore(self) if self.saved else None
+        self.before, self.began = self.saved["seconds"] if self.saved else 0.0, time.perf_counter()
+        self.figures = Figures(watchful=self.device.type == "cpu")
+        if distributed.is_main():
+            needed = checkpoint.bytes_needed(model, self.args, self.epochs, self.epoch)
+            self.folder.make(needed, self.args, self.epoch)
+        scores = read_scores(self.folder.path, self.log.score) if self.saved else {}
+        self.untrained, best = scores.pop(0, None), max(scores.values(), default=None)
+        self.saver = checkpoint.Saver(self.folder, self.args, self._state, self.best_file, best)
+        self.log.begin(self.args.tensorboard)
+        self.stop.listen()
+        say_recipe(self, chance, lr)
+        return distributed.parallel(compiled(model, self), self.device, sync_bn)
+
+    @property
+    def epoch(self):
+        """Finished epochs; in the loop the present one counts."""
+        return self.step // self.epoch_steps + self.inside
+
+    @property
+    def last(self):
+        return self.step + 1 == self.total_steps
+
+    @property
+    def epoch_ends(self):
+        return (self.step + 1) % self.epoch_steps == 0 or self.last
+
+    def steps(self):
+        """Yields images (n, 3, S, S) uint8, aspect (n,) and labels (n,) of every step; label -1 is none.
+
+        Between two steps, never inside one, the run is watched, saved and told to stop.
+        raises  UsageError for a loss that is NaN or infinite; Interrupted after a signal, when all is saved.
+        """
+        while self.step < self.total_steps and self.ended is None:
+            self.model.train()
+            begin_epoch(self)
+            for images, aspect, labels, _ in self.batches.batches(self.epoch, start=self.step % self.epoch_steps):
+                common.reseed(self.random, self.args.seed, self.step)
+                self.inside, self.figures.count, ends = True, len(labels), self.epoch_ends
+                yield images, aspect, labels
+                self.step, self.inside = self.step + 1, False
+                after_step(self, ends)
+                if self.step == self.total_steps:
+                    break
+
+    def record(self, *, loss, **figures):
+        self.figures.record(self.step + 1, self.optimizer.param_groups[0]["lr"], loss=loss, **figures)
+
+    def report(self, stop=None, **scores):
+        check(self)
+        row, rate = {"epoch": self.epoch, "step": self.step + self.inside, "seconds": self._seconds()}, None
+        means, lr = {}, None
+        if self.inside:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.log.line.update(row["step"], lr=lr, **self.figures.meters)
+            rate, means = self.log.line.rate, {name: meter.mean() for name, meter in self.figures.meters.items()}
+        score = scores.pop(self.log.score, None)
+        row |= {"loss": means.pop("loss", None), "lr": lr, "images_per_second": rate, self.log.score: score}
+        row |= means | scores
+        self.ended, self.reached = None if self.last else distributed.same(stop), score
+        if not self.inside:
+            self.untrained = score
+        if distributed.is_main():
+            self.log.write(row, self.epochs)
+        return row
+
+    def _seconds(self):
+        """Since the run began, interruptions left out."""
+        return self.before + time.perf_counter() - self.began
+
+    def _state(self):
+        check(self)  # no checkpoint of a broken network
+        state = checkpoint.state_of(*self.parts, self.args, self.dataset, self.epoch, self.step)
+        meters = {name: (meter.sum, meter.count) for name, meter in self.figures.meters.items()}
+        return state | {"seconds": self._seconds(), "meters": meters} | self.extra()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Gives signals and the folder back; says what was reached, or what to do about too little memory."""
+        self.stop.close()
+        try:
+            if kind is None and self.saver:
+                finish(self)
+        finally:
+            self.folder.close()
+        if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
+            sizes = ("batch_size", "image_size", "width", "dim", "pred_dim", "queue_size")
+            sizes = ", ".join(flag_text(n, getattr(self.args, n)) for n in sizes if getattr(self.args, n, None))
+            raise UsageError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, "
+                             "--amp bf16 need less too") from None
+        return kind is ViewsWritten
+
+
+# ------------------------------------------------------------------------------------------------
+# Before the loop
+# ------------------------------------------------------------------------------------------------
+
+
+class ViewsWritten(Exception):
+    """--views-png is done, and with it the program."""
+
+
+def write_views(run, views, rows=8):
+    """PNG of what the network sees: one row per image, first the packed picture, then its views; ends the run."""
+    images, aspect, _, _ = next(run.batches.batches(0))
+    shown = views(images, aspect, common.reseed(run.random, run.args.seed, 0))
+    shown = shown.split(len(images)) if torch.is_tensor(shown) else shown
+    mean, std = (torch.tensor(figures).view(1, 3, 1, 1) for figures in (run.dataset.mean, run.dataset.std))
+    columns = [images[:rows].cpu().float() / 255] + [view[:rows].float().cpu() * std + mean for view in shown]
+    side = max(96, *(column.shape[-1] for column in columns))             # small pictures are enlarged
+    columns = [F.interpolate(column.contiguous(), size=(side, side)) for column in columns]
+    tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)
+    try:
+        save_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0), run.args.views_png)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run.args.views_png}: cannot write the picture: {error}") from None
+    print(f"wrote {run.args.views_png}: one image per row, then its {len(shown)} views")
+    raise ViewsWritten
+
+
+def changed_images(saved, source, splits):
+    """In words, which splits have not the images any more that they had in the run whose flags are `saved`; or ""."""
+    words = []
+    for split in splits:
+        before, now = (contents.get(split, [0]) for contents in (saved.get("contents", {}), source.contents))
+        if "contents" in saved and before != now:
+            words.append(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now")
+    return ", ".join(words)
+
+
+def note_changes(source, data, saved, splits):
+    """Has the description say whether the images of a run, of flags `saved`, are others now. data: --data, or None."""
+    changed = changed_images(saved, source, splits)
+    if changed and os.path.abspath(data or saved["data"]) == os.path.abspath(saved["data"]):
+        source.description += pictures.lines_of("changed", f"images since this run was trained: {changed}; some that "
+                                                           "it trained on may be validation images now")
+
+
+def restore(run):
+    """Take up a resumed run; returns the flags that change its rate and the rate before, or None."""
+    run.step = checkpoint.restore(run.saved, *run.parts, run.dataset.classes)
+    epoch, saved = run.saved["epoch"], run.saved["args"]
+    if run.step // run.epoch_steps != epoch:  # pictures that could not be read before, say
+        raise UsageError(f"--resume {run.folder.path}: an epoch has {run.epoch_steps:,} steps now, so step "
+                         f"{run.step:,} is not in epoch {epoch + 1:,} any more: the images changed; bring back "
+                         "those of the run, or start a new one")
+    names = ("epochs", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
+    changed = [flag_text(n, value) + (f" (was {saved[n]})" if saved[n] is not None else "") for n in names
+               if n in saved and (value := getattr(run.args, n, None)) not in (None, saved[n])]
+    return (", ".join(changed), run.optimizer.param_groups[0]["lr"]) if changed and run.step else None
+
+
+def compiled(model, run):
+    """The model; with --compile compiled, where torch.compile can work on this machine."""
+    if run.args.compile:
+        try:
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=run.device))
+            model.compile()
+        except Exception as error:  # no C++ compiler, no Triton, a GPU too old: many kinds of errors
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+            run.say(f"note    --compile does not work here, going on without: {reason}")
+    return model
+
+
+def say_recipe(run, chance, lr):
+    args = run.args
+    recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                       if name not in flags.PLUMBING and value not in (None, "val") and value is not False)
+    device = f"{distributed.size()} processes, {run.device}" if distributed.size() > 1 else str(run.device)
+    device += "" if args.amp == "auto" else f", {args.amp}"
+    facts = {
+        "recipe": recipe,
+        "lr": f"{lr:g} per step of {args.batch_size} images" + (f" ({args.lr:g} per 256)" if args.lr else ""),
+        "steps": f"{run.epoch_steps:,} per epoch, {run.total_steps:,} in all, on {device}",
+        "chance": f"loss {chance}",
+        "writes": f"{run.folder.path}",
+    }
+    if args.warmup_epochs > args.epochs / 2:
+        facts["note"] = (f"--warmup-epochs {args.warmup_epochs:g} of {args.epochs} epochs: the rate climbs for "
+                         f"most of the run; {args.epochs / 10:g} is usual")
+    if run.step:
+        facts["resumes"] = f"at step {run.step:,}" + ": nothing is left to do" * (run.step >= run.total_steps)
+    for name, text in facts.items():
+        run.say(wrapped(f"{name:8}{text}"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Between two steps, and at the end
+# ------------------------------------------------------------------------------------------------
+
+
+def begin_epoch(run):
+    saved = run.saved if run.saved and run.step % run.epoch_steps and run.step == run.saved["step"] else None
+    run.figures.begin(saved["meters"] if saved else {})
+    run.reached = None
+    run.log.line = common.Progress(run.total_steps, f"epoch {run.epoch + 1:>{len(str(run.epochs))}}/{run.epochs}",
+                                   quiet=run.log.quiet, per_step=run.args.batch_size, first=run.step, show=run.log.show)
+
+
+def after_step(run, ends):
+    if run.jump:
+        (changed, before), run.jump, lr = run.jump, None, run.optimizer.param_groups[0]["lr"]
+        if f"{before:.3g}" != f"{lr:.3g}":
+            run.say(wrapped(f"note    {changed}: the learning rate goes from {before:.3g} to {lr:.3g}"))
+    # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end of an
+    # epoch, so that the rate counts steps that are done and not only asked for.
+    if ends or run.figures.due():
+        check(run)
+    if ends:
+        over = run.step == run.total_steps or run.ended is not None
+        whole = run.step % run.epoch_steps == 0
+        run.saver.after_epoch(math.ceil(run.step / run.epoch_steps), whole, run.reached, over or run.stop.told)
+        if run.ended:
+            run.say(f"stopped {run.ended}")
+        if over:
+            return
+    else:
+        run.log.line.update(run.step, lr=run.optimizer.param_groups[0]["lr"], **run.figures.meters)
+        if run.stop.told or run.saver.minutes_are_up():
+            run.saver.write()
+    if run.stop.told:
+        reason, code = run.stop.told
+        raise Interrupted(code, f"{reason}: saved at step {run.step:,}; go on with\n"
+                                f"  python {sys.argv[0]} --resume {run.folder.path}")
+
+
+def check(run):
+    """raises  UsageError where a loss since the last look is not finite."""
+    wrong = run.figures.first_wrong()
+    if wrong:
+        step, lr, loss = wrong
+        scale = f", loss scale {run.scaler.get_scale():g}" if run.scaler.is_enabled() else ""
+        saved = (run.folder.path / "last.pt").exists()
+        raise UsageError(f"the loss is {loss} at step {step} (lr {lr:.3g}{scale}): lower --lr, raise --warmup-epochs, "
+                         "or try --amp off; " + (f"the last good checkpoint stays in {run.folder.path}" if saved else
+                                                 "nothing was saved yet"))
+
+
+def read_scores(folder, score):
+    """{epoch: its score} of a run, where it has one."""
+    return {row["epoch"]: row[score] for row in read_metrics(folder) if row[score] is not None}
+
+
+def finish(run):
+    """What was reached, where it is, what to do next."""
+    args, score, log = run.args, run.saver.best, run.log
+    if args.knn_split == "test":
+        score = next(reversed(read_scores(run.folder.path, log.score).values()), None)
+    if run.untrained is not None and score is not None:
+        log.say(f"{log.title:8}{run.untrained:.2f} % untrained, {score:.2f} % "
+                f"{'at best' if args.knn_split == 'val' else 'at the end, test split'}")
+    splits = [getattr(run.dataset, split) for split in ("train", args.knn_split)]
+    command = f"python linear.py --checkpoint {run.folder.path}"
+    if len(run.dataset.classes) < 2 or not all(split and (split.labels >= 0).any() for split in splits):
+        command = f"python knn.py --checkpoint {run.folder.path} --neighbours neighbours.png"  # needs no labels
+    log.say(f"next    {run.next_command or command}")

@@ -1,0 +1,158 @@
+"""A trained backbone: out of a run, out of anyone's ResNet-18 file, or out of the program that built it."""
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from common import ResNet18, UsageError, printable
+from harness import checkpoint
+from harness.distributed import is_main
+
+OWN = {name: Path(__file__).parents[1] / f"{name}.py" for name in ("simsiam", "moco", "simclr", "rotnet")}
+PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+
+
+def named_tensors(value, name=""):
+    """Yields (dotted name, tensor) for all tensors in nested dictionaries, in their order."""
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
+
+
+def load_weights(path):
+    """The first ResNet-18 in a file, whoever wrote it.
+
+    path     a file whose tensors bear torchvision's names, or the numbers that Sequential(*list(net.children())[:-1])
+             gives; with anything before them, and with anything else in the file. Or a run of ours.
+    returns  {"backbone", "stem", "width"} as in a checkpoint, and "note": a line about what was found and left out.
+    raises   UsageError where it is missing, damaged, or has no ResNet-18.
+    """
+    file, content = checkpoint.read_tensors(path)
+    tensors = dict(named_tensors(content["backbone"] if checkpoint.is_ours(content) else content))
+    # What stands before the name of the first block stands before all names of the network.
+    blocks = (re.fullmatch(r"((?:.+\.)?)(layer1|\d+)\.0\.conv1\.weight", name) for name in tensors)
+    prefix, layer1 = next((block.groups() for block in blocks if block), (None, None))
+    if prefix is None:
+        raise UsageError(f"{file}: no ResNet-18 in it: no tensor is called layer1.0.conv1.weight, as in torchvision, "
+                         "or 4.0.conv1.weight, as in a Sequential of its children")
+    found, left = _under_our_names(tensors, prefix, numbered=layer1 != "layer1")
+    kernel = tuple(found["conv1.weight"].shape) if "conv1.weight" in found else ()
+    stem = {(3, 7, 7): "imagenet", (3, 3, 3): "cifar"}.get(kernel[1:])
+    if stem is None:
+        raise UsageError(f"{file}: conv1.weight is {kernel or 'missing'}; ResNet-18 has (64, 3, 7, 7), for small "
+                         "pictures (64, 3, 3, 3)")
+    net = ResNet18(stem=stem, width=kernel[0])
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    faults = [f"{name} is missing" for name in shapes
+              if name not in found and not name.endswith("num_batches_tracked")]  # old files have none
+    faults += [f"{name} is {tuple(tensor.shape)}, not {shapes[name]}" if name in shapes else f"{name} is one too many"
+               for name, tensor in found.items() if tuple(tensor.shape) != shapes.get(name)]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise UsageError(f"{file}: no ResNet-18 of width {kernel[0]}: {faults[0]}{more}")
+    net.load_state_dict(found)
+    note = f"{file}: ResNet-18, stem {stem}, width {kernel[0]}" + (f", from {prefix}*" if prefix else "")
+    note += f"; left out: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}" if left else ""
+    return {"backbone": net.state_dict(), "stem": stem, "width": kernel[0],
+            "note": textwrap.fill(printable(f"weights {note}"), 79, subsequent_indent=" " * 8, break_long_words=False,
+                                  break_on_hyphens=False)}
+
+
+def _under_our_names(tensors, prefix, numbered):
+    """{name in ResNet18: tensor} of what stands behind prefix, and the first words of the other names."""
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
+    numbers = sorted(filter(str.isdigit, numbers), key=int)  # of the children that have weights
+    part_of = dict(zip(numbers if numbered else PARTS, PARTS, strict=False))
+    found, left = {}, {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and part in part_of:
+            found[f"{part_of[part]}.{rest}"] = tensor
+        else:  # up to the first word that is not the prefix's
+            words = name.split(".")
+            left[".".join(words[: len(os.path.commonprefix([words, prefix.split(".")])) + 1])] = True
+    return found, list(left)
+
+
+def initialised(backbone, args):
+    """The same backbone, a ResNet18; with --init it has those weights now. A resumed run has left them behind."""
+    if getattr(args, "init", None) and not args.resume:
+        weights = load_weights(args.init)
+        backbone.load_state_dict(weights["backbone"])
+        if is_main() and not args.quiet:
+            print(weights["note"])
+    return backbone
+
+
+def load_pretrained(args):
+    """The checkpoint that --checkpoint names; without it one of the same form, with the weights of --weights if given.
+
+    There None stands for what no run tells: the data say it (see flags.SHAPES).
+    """
+    if args.checkpoint:
+        return checkpoint.load(args.checkpoint)
+    saved = dict(data="toy", data_root=os.path.abspath("data"), cache=None, skip_unreadable=False, knn_split="val")
+    unknown = dict.fromkeys(("method", "image_size", "stem", "width", "mean", "std", "note"))
+    return {**unknown, "args": saved, **(load_weights(args.weights) if args.weights else {})}
+
+
+def take_shape(args, pretrained, origin):
+    """Give image size, stem and width their values from what a checkpoint or a file of weights says about them.
+
+    origin   the flag that named it.  raises  UsageError where another value was given.
+    """
+    for name in ("image_size", "stem", "width"):
+        given, has = getattr(args, name), pretrained.get(name)
+        if given is not None and has not in (None, given):
+            raise UsageError(f"--{name.replace('_', '-')} {given}: the network of {origin} has {has}; leave it out")
+        setattr(args, name, given or has)
+
+
+def load_backbone(saved, device="cpu", program=None):
+    """The trained backbone of a checkpoint, in eval mode, without a classifier.
+
+    saved    of checkpoint.load().
+    program  a file whose build_model(args) builds the model; needed where the backbone is no ResNet18.
+    raises   UsageError where the weights do not fit.
+    """
+    if program is None:
+        backbone = ResNet18(stem=saved["stem"], width=saved["width"])
+    else:
+        backbone = build_model(saved, program).backbone
+    try:
+        backbone.load_state_dict(saved["backbone"])
+    except RuntimeError:
+        raise UsageError(f"the backbone of this {saved['method']} run is not the one that {program} builds" if program
+                         else f"the backbone of this {saved['method']} run is no ResNet18; name the program that "
+                              "trained it: --program FILE.py") from None
+    return backbone.to(device, memory_format=torch.channels_last).eval()
+
+
+def build_model(saved, program):
+    """What build_model(args) of a program gives for the flags of a checkpoint, weights not loaded.
+
+    program  a file that the user named, never one that a checkpoint names: importing it runs its code.
+    raises   UsageError where it has no build_model.
+    """
+    spec = importlib.util.spec_from_file_location(Path(program).stem, program)
+    if spec is None or not Path(program).is_file():
+        raise UsageError(f"--program {program}: no such Python file")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "build_model"):
+        raise UsageError(f"--program {program}: has no build_model(args), as every method has")
+    return module.build_model(argparse.Namespace(**saved.get("pretrained_args", saved["args"]) | {"init": None}))
+
+
+def program_flag(parser):
+    """Adds --program, for what comes after training."""
+    parser.add_argument("--program", metavar="FILE.py", help="the program that trained the run, whose build_model() "
+                        "builds its network: needed where that is no ResNet18; it is imported, which runs its code")
