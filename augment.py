@@ -1,13 +1,10 @@
 """Random image operations on whole batches, on any device, each image with its own draw.
 
-Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are float32 in [0, 1]. They are new tensors; with
-        inplace=True an operation may write into the float tensor it got, and return that: in a recipe, where
-        nobody else looks at it, this saves a copy.
+Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are new float32 tensors in [0, 1]. With inplace=True an
+        operation may write into the float tensor it got, and return that: in a recipe this saves a copy.
         Given the same parameters, each operation equals torchvision's operation on one float tensor to 1e-5.
-Draws   Every random number is drawn on the host, from an optional CPU torch.Generator, and only then moved to
-        the images. So a seed gives the same views on every device; and the host knows whose coin said no,
-        so that those images are skipped without asking the GPU anything. Nothing here waits for a GPU.
-Speed   On a CPU the work goes through in chunks that stay in the cache; elsewhere in large ones.
+Draws   Made on the host, from an optional CPU torch.Generator, and then moved to the images. So a seed gives the same
+        views on every device, images whose coin said no are skipped, and nothing here waits for a GPU.
 Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops, blurs and jitter are
         exact to about 1e-3, not 1e-5.
 
@@ -52,6 +49,7 @@ def _host(values, shape, name, dtype=None):
 
 def _float(images, copy=False):
     """Contiguous float32 in [0, 1]; without a copy where it is that already, unless one is asked for."""
+    _check(images)
     x = images.to(torch.float32, copy=copy, memory_format=torch.contiguous_format).contiguous()
     return x.div_(255) if images.dtype == torch.uint8 else x
 
@@ -66,8 +64,7 @@ def send(host, device):
 class Share(torch.Generator):
     """A generator for process `rank` of `world`, each of which holds an equal part of every batch.
 
-    What draw() takes from it is this process's part of the draws for the whole batch. So, from one seed, the
-    parts together are what one process would have drawn.
+    What draw() takes from it is this process's part of what one process would draw for the whole batch.
     """
 
     rank, world = 0, 1
@@ -102,10 +99,7 @@ def _chunks(n, images):
 
 
 def _replace(x, which, function, *values):
-    """x[which] = function(x[which], *values), for host indices (M,) and values (M, ...). Returns x.
-
-    x         (N, 3, H, W) float32, written to.  function may change what it gets.
-    """
+    """x[which] = function(copy of x[which], *values); x float32, which (M,) on the host, values (M, ...). Returns x."""
     which = send(which, x.device)
     with torch.autocast(x.device.type, enabled=False):               # bf16's 8 bits would spoil the picture
         for s in _chunks(len(which), x):
@@ -121,13 +115,10 @@ def _block(size):
 def _two_products(out, wy, first_y, x, wx, first_x):
     """out[n, c] = Wy[n] @ x[n, c] @ Wx[n]^T, for matrices that are narrow bands.
 
-    out      (n, 3, h, w), written to.
-    x        (n, 3, H, W).
+    out      (n, 3, h, w), written to.  x (n, 3, H, W).
     wy, wx   (n, blocks, block, band): of each block of rows only a band of columns, all others are zero. Rows
              beyond h (or w) do not count.
     first_y, first_x  for each block the row (column) of x where its band begins.
-
-    Every product reads and writes its blocks where they lie: no image is turned round or copied between them.
     """
     n, _, height, width = x.shape
     wide = torch.empty(n, 3 * height, out.shape[3], device=x.device)
@@ -150,9 +141,8 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
     side     pixels a side of the stored, square images.
     scale    range of the crop's area as a share of the image's, drawn uniformly.
     ratio    range of the crop's width/height in the original picture, drawn uniformly in the logarithm.
-    aspect   (n,) host tensor, original width/height of images that were squashed to the square. The law is
-             then applied to a picture of that shape with as many pixels as are stored (side * sqrt(aspect)
-             wide, rounded), and the box is squashed like the picture. None: the images were square.
+    aspect   (n,) host tensor, original width/height of images that were squashed to the square; None: 1. The law is
+             applied to a picture of that shape with as many pixels as are stored, and its box squashed likewise.
     returns  (n, 4) float32 on the host: top, left, height, width in stored pixels; integers if aspect is 1.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
@@ -174,8 +164,7 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
 
     place = draw(torch.rand, (2, n), generator, dim=1, dtype=torch.float64).T
     corner = torch.where(first[:, None] < 10, place * (full - crop + 1), (full - crop) / 2).floor()
-    squash = side / full
-    return torch.cat([corner * squash, crop * squash], dim=1).float()                       # (n, 4)
+    return (torch.cat([corner, crop], dim=1) * (side / full).repeat(1, 2)).float()          # (n, 4)
 
 
 def _bands(start, length, sides, size, flip, reach):
@@ -194,13 +183,6 @@ def _bands(start, length, sides, size, flip, reach):
     return first.int(), end.minimum(sides).int()
 
 
-def _union(first, end):
-    """Some images' _bands -> where bands that hold all of theirs begin, (2, blocks), and their width, (2, 1)."""
-    first, end = first.amin(0), end.amax(0)
-    width = (end - first).amax(1, keepdim=True)
-    return first.minimum(end.amax(1, keepdim=True) - width), width
-
-
 def _resize_weights(start, length, first, width, size, flip, interpolation):
     """The matrices that crop and resize both axes, as _two_products wants them: (n, 2, blocks, block, width).
 
@@ -213,8 +195,7 @@ def _resize_weights(start, length, first, width, size, flip, interpolation):
     filter widens and misses no pixel: antialiasing) and in stored pixels when it grows. Pixels outside the
     crop do not count; those that the edge of a fractional crop cuts count by their share inside.
     """
-    i = torch.arange(first.shape[1] * _block(size), device=start.device) + 0.5
-    i = i.view(first.shape[1], -1, 1)                                                   # (blocks, block, 1)
+    i = (torch.arange(first.shape[1] * _block(size), device=start.device) + 0.5).view(first.shape[1], -1, 1)
     i = torch.where(flip, size - i, i)                                                  # (n, 2, blocks, block, 1)
     j = torch.arange(width, device=start.device) + 0.5 + first - start                  # (n, 2, blocks, 1, width)
     step = length / size
@@ -261,7 +242,10 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
     start, length, flips = (send(v, images.device)[..., None, None] for v in (start, length, flips))
     with torch.autocast(images.device.type, enabled=False):
         for s in _chunks(n, images):
-            begin, width = _union(first[s], end[s])
+            # One band a block that holds those of all images of the chunk; all blocks' bands have the same width.
+            begin, stop = first[s].amin(0), end[s].amax(0)                                  # (2, blocks)
+            width = (stop - begin).amax(1, keepdim=True)                                    # (2, 1)
+            begin = begin.minimum(stop.amax(1, keepdim=True) - width)
             (rows, columns), ((high,), (wide,)) = begin.tolist(), width.tolist()
             begin = send(begin, images.device)[..., None, None]                             # (2, blocks, 1, 1)
             w = _resize_weights(start[s], length[s], begin, max(high, wide), size, flips[s], interpolation)
@@ -279,13 +263,11 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), f
                         interpolation="bilinear", generator=None):
     """torchvision's RandomResizedCrop, then RandomHorizontalFlip(flip), in one step. See crop_boxes.
 
-    images  (N, 3, S, S); flip is a probability; aspect (N,) host tensor or None.
-    returns (N, 3, size, size) float32.
+    images (N, 3, S, S) -> (N, 3, size, size) float32; flip is a probability; aspect (N,) host tensor or None.
     """
     _check(images, square=True)
-    n, side = len(images), images.shape[2]
-    boxes = crop_boxes(n, side, scale, ratio, aspect, generator)
-    flips = draw(torch.rand, (n,), generator) < flip if flip > 0 else None
+    boxes = crop_boxes(len(images), images.shape[2], scale, ratio, aspect, generator)
+    flips = draw(torch.rand, (len(images),), generator) < flip if flip > 0 else None
     return resized_crop(images, boxes, size, flips, interpolation)
 
 
@@ -309,18 +291,16 @@ def center_crop(images, size, aspect=None, fraction=1.0):
 
 
 def random_horizontal_flip(x, p=0.5, generator=None, inplace=False):
-    """Mirror each image left-right with probability p. inplace: may write into x, and return it."""
-    _check(x)
+    """Mirror each image left-right with probability p."""
     return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator), lambda x: x.flip(3))
 
 
 def random_crop(x, padding=4, generator=None):
     """torchvision's RandomCrop(side, padding): shift each image by up to `padding` pixels, filling with 0."""
-    _check(x)
+    x = _float(x)
     top, left = draw(functools.partial(torch.randint, 0, 2 * padding + 1), (2, len(x)), generator, dim=1)
     # All shifted images exist as views of the padded ones; pick one each.
-    padded = F.pad(_float(x), (padding, padding, padding, padding))
-    shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)           # (N, 3, 2p+1, 2p+1, H, W)
+    shifts = F.pad(x, [padding] * 4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # (N, 3, 2p+1, 2p+1, H, W)
     return shifts[torch.arange(len(x), device=x.device), :, send(top, x.device), send(left, x.device)]
 
 
@@ -336,7 +316,7 @@ def rotate(x, k):
 # ------------------------------------------------------------------------------------------- colour
 def _gray(x):
     """(N, 3, H, W) -> (N, 1, H, W) luminance."""
-    r, g, b = (x[:, c:c + 1] for c in range(3))
+    r, g, b = x.split(1, dim=1)
     return (r * RGB_TO_GRAY[0]).add_(g, alpha=RGB_TO_GRAY[1]).add_(b, alpha=RGB_TO_GRAY[2])
 
 
@@ -390,10 +370,9 @@ def _hue_(x, shift):
 
 
 def _adjust(x, factor, gray_share, mean_share):
-    _check(x)
+    x = _float(x)
     factor = _host(factor, (len(x),), "factor", torch.float32)
     own, mean = (send(v, x.device) for v in _blend_matrices(factor, gray_share, mean_share))
-    x = _float(x)
     with torch.autocast(x.device.type, enabled=False):
         return _blend(x, own, mean, out=torch.empty_like(x))
 
@@ -415,9 +394,8 @@ def adjust_saturation(x, factor):
 
 def adjust_hue(x, factor):
     """Turn the hue by factor, (N,) host tensor in [-0.5, 0.5] of a full circle."""
-    _check(x)
-    factor = send(_host(factor, (len(x),), "factor", torch.float32), x.device)
-    return _hue_(_float(x, copy=True), factor.view(-1, 1, 1))
+    x = _float(x, copy=True)
+    return _hue_(x, send(_host(factor, (len(x),), "factor", torch.float32), x.device)[:, None, None])
 
 
 def _jitter(hue_step, turns, x, is_contrast, own, mean, shift):
@@ -441,9 +419,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
 
     The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue's in [-hue, hue];
     each image has its own order of the four operations, all 24 equally likely. Returns (N, 3, H, W) float32.
-    inplace: may write into x, and return it.
     """
-    _check(x)
+    x = _float(x, copy=not inplace)
     if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
         raise ValueError("brightness, contrast and saturation must be >= 0, and hue within [0, 0.5], got "
                          f"{brightness}, {contrast}, {saturation}, {hue}")
@@ -463,26 +440,22 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     own, mean, shift = (send(v, x.device) for v in (own, mean, factors[..., None, None]))
     groups = zip(*(v.split(counts) for v in (sort, is_contrast, own, mean, shift)), strict=True)
 
-    x = _float(x, copy=not inplace)
-    for step, group in zip(range(4), groups, strict=False):                         # the fifth stays as it is
-        _replace(x, group[0], functools.partial(_jitter, step, hue > 0), *group[1:])
+    for step, (which, *values) in zip(range(4), groups, strict=False):              # the fifth stays as it is
+        _replace(x, which, functools.partial(_jitter, step, hue > 0), *values)
     return x
 
 
 def random_grayscale(x, p=0.2, generator=None, inplace=False):
-    """Replace each image, with probability p, by its luminance. inplace: may write into x, and return it."""
-    _check(x)
+    """Replace each image, with probability p, by its luminance."""
     return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator), lambda x: _gray(x).expand(-1, 3, -1, -1))
 
 
 def solarize(x, threshold=0.5, p=0.2, generator=None, inplace=False):
-    """Turn the bright pixels of each image, with probability p, into their negative: 1 - pixel from `threshold` on.
+    """Turn pixels >= threshold into 1 - pixel, each channel by itself, in each image with probability p.
 
-    threshold  in [0, 1]; the papers' 128 of 255 is 0.5 (pixels of earlier operations are not rounded to 255ths here).
-    inplace    may write into x, and return it.
-    Source     BYOL, appendix B, and Barlow Twins: p = 0 for the first view and 0.2 for the second.
+    threshold  in [0, 1]; 128 of 255 on uint8 is 0.5 here. What earlier operations gave is not rounded to 255ths first.
+    Source     BYOL (appendix B) and Barlow Twins: p = 0 for one view, 0.2 for the other.
     """
-    _check(x)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator),
@@ -500,11 +473,11 @@ def blur(x, sigma, kernel_size):
     A blur is linear on each axis: out = By @ x @ Bx^T. Row i of B holds the Gaussian around i; a tap that
     falls outside is added where the reflection puts it.
     """
-    _check(x)
+    x = _float(x, copy=True)
     sigma = _host(sigma, (len(x),), "sigma", torch.float32)
     if bool((sigma <= 0).any()):
         raise ValueError("sigma must be greater than 0")
-    return _blur(_float(x, copy=True), torch.arange(len(x)), sigma, kernel_size)
+    return _blur(x, torch.arange(len(x)), sigma, kernel_size)
 
 
 def _blur(x, which, sigma, kernel_size):
@@ -551,22 +524,21 @@ def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, 
     """Blur each image with probability p, by a sigma of its own, uniform in the range, in pixels.
 
     kernel_size  None: out to three of the largest sigma on either side, or to the edge of the image.
-    inplace      may write into x, and return it.
     """
-    _check(x)
+    x = _float(x, copy=not inplace)
     if not 0 < sigma[0] <= sigma[1]:
         raise ValueError(f"sigma must be (low, high) with 0 < low <= high, got {sigma}")
     if kernel_size is None:
         kernel_size = 2 * min(math.ceil(3 * sigma[1]), min(x.shape[2:]) - 1) + 1
     heads, sigmas = _heads(len(x), p, generator), _uniform(len(x), *sigma, generator)
-    return _blur(_float(x, copy=not inplace), heads, sigmas[heads], kernel_size)
+    return _blur(x, heads, sigmas[heads], kernel_size)
 
 
 def normalize(x, mean, std):
     """(x - mean) / std for each channel; mean and std (3,), for x in [0, 1]. Returns channels_last."""
     _check(x)
-    mean = send(_host(mean, (3,), "mean", torch.float32), x.device).view(1, 3, 1, 1)
-    std = send(_host(std, (3,), "std", torch.float32), x.device).view(1, 3, 1, 1)
+    mean, std = (_host(v, (3,), "mean and std", torch.float32).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = send(mean, x.device), send(std, x.device)
     out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)
     for s in _chunks(len(x), x):
         out[s] = (_float(x[s]) - mean).div_(std)
