@@ -1,13 +1,10 @@
 """Random image operations on whole batches, on any device, each image with its own draw.
 
-Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are float32 in [0, 1]. They are new tensors; with
-        inplace=True an operation may write into the float tensor it got, and return that: in a recipe, where
-        nobody else looks at it, this saves a copy.
+Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are new float32 tensors in [0, 1]. With inplace=True an
+        operation may write into the float tensor it got, and return that: in a recipe this saves a copy.
         Given the same parameters, each operation equals torchvision's operation on one float tensor to 1e-5.
-Draws   Every random number is drawn on the host, from an optional CPU torch.Generator, and only then moved to
-        the images. So a seed gives the same views on every device; and the host knows whose coin said no,
-        so that those images are skipped without asking the GPU anything. Nothing here waits for a GPU.
-Speed   On a CPU the work goes through in chunks that stay in the cache; elsewhere in large ones.
+Draws   Made on the host, from an optional CPU torch.Generator, and then moved to the images. So a seed gives the same
+        views on every device, images whose coin said no are skipped, and nothing here waits for a GPU.
 Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops, blurs and jitter are
         exact to about 1e-3, not 1e-5.
 
@@ -33,29 +30,27 @@ RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            
 
 
 # ---------------------------------------------------------------------------------------------- plumbing
-def _check(images):
+def _check(images, square=False):
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images must be uint8 (0-255) or float (0-1), got {images.dtype}")
-
-
-def _check_square(images):
-    if images.shape[2] != images.shape[3]:
+    if square and images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, got {images.shape[2]}x{images.shape[3]} (height x width)")
 
 
-def _float(images):
-    """Contiguous float32 in [0, 1]; without a copy where it is that already."""
-    x = images.to(torch.float32).contiguous()
-    return x.div_(255) if images.dtype == torch.uint8 else x
+def _host(values, shape, name, dtype=None):
+    """A host tensor of the values, or a ValueError that names what has another shape or is not on the host."""
+    values = torch.as_tensor(values, dtype=dtype)
+    if values.shape != shape or values.device.type != "cpu":
+        raise ValueError(f"{name} must be a CPU tensor {shape}, got {tuple(values.shape)}, {values.device}")
+    return values
 
 
-def _own(images, inplace=False):
-    """Contiguous float32 in [0, 1] to write into: a copy, or with inplace what _float gives."""
-    if inplace:
-        return _float(images)
-    x = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+def _float(images, copy=False):
+    """Contiguous float32 in [0, 1]; without a copy where it is that already, unless one is asked for."""
+    _check(images)
+    x = images.to(torch.float32, copy=copy, memory_format=torch.contiguous_format).contiguous()
     return x.div_(255) if images.dtype == torch.uint8 else x
 
 
@@ -66,23 +61,10 @@ def send(host, device):
     return host.to(device, non_blocking=True)
 
 
-def _check_host(values, shape, name):
-    if values.shape != shape or values.device.type != "cpu":
-        raise ValueError(f"{name} must be a CPU tensor {shape}, got {tuple(values.shape)}, {values.device}")
-
-
-def _per_image(values, n, name):
-    """One host value per image, (n,), as float32."""
-    values = torch.as_tensor(values, dtype=torch.float32)
-    _check_host(values, (n,), name)
-    return values
-
-
 class Share(torch.Generator):
     """A generator for process `rank` of `world`, each of which holds an equal part of every batch.
 
-    What draw() takes from it is this process's part of the draws for the whole batch. So, from one seed, the
-    parts together are what one process would have drawn.
+    What draw() takes from it is this process's part of what one process would draw for the whole batch.
     """
 
     rank, world = 0, 1
@@ -112,18 +94,16 @@ def _chunks(n, images):
     """Slices that cover 0..n, about equally long, each of no more images than a chunk may have pixels."""
     limit = CHUNK_PIXELS if images.device.type == "cpu" else CHUNK_PIXELS_GPU
     most = max(1, limit // (images.shape[2] * images.shape[3]))
-    step = max(1, math.ceil(n / max(1, math.ceil(n / most))))
+    step = math.ceil(n / math.ceil(n / most)) if n else 1
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def _replace(x, which, function):
-    """x[which] = function(x[which], s), for host indices (M,); s is the part of 0..M-1 at hand. Returns x.
-
-    x         (N, 3, H, W) float32, written to.  function may change what it gets.
-    """
+def _replace(x, which, function, *values):
+    """x[which] = function(copy of x[which], *values); x float32, which (M,) on the host, values (M, ...). Returns x."""
     which = send(which, x.device)
-    for s in _chunks(len(which), x):
-        x.index_copy_(0, which[s], function(x.index_select(0, which[s]), s))
+    with torch.autocast(x.device.type, enabled=False):               # bf16's 8 bits would spoil the picture
+        for s in _chunks(len(which), x):
+            x.index_copy_(0, which[s], function(x.index_select(0, which[s]), *(v[s] for v in values)))
     return x
 
 
@@ -135,13 +115,10 @@ def _block(size):
 def _two_products(out, wy, first_y, x, wx, first_x):
     """out[n, c] = Wy[n] @ x[n, c] @ Wx[n]^T, for matrices that are narrow bands.
 
-    out      (n, 3, h, w), written to.
-    x        (n, 3, H, W).
+    out      (n, 3, h, w), written to.  x (n, 3, H, W).
     wy, wx   (n, blocks, block, band): of each block of rows only a band of columns, all others are zero. Rows
              beyond h (or w) do not count.
     first_y, first_x  for each block the row (column) of x where its band begins.
-
-    Every product reads and writes its blocks where they lie: no image is turned round or copied between them.
     """
     n, _, height, width = x.shape
     wide = torch.empty(n, 3 * height, out.shape[3], device=x.device)
@@ -164,45 +141,37 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
     side     pixels a side of the stored, square images.
     scale    range of the crop's area as a share of the image's, drawn uniformly.
     ratio    range of the crop's width/height in the original picture, drawn uniformly in the logarithm.
-    aspect   (n,) host tensor, original width/height of images that were squashed to the square. The law is
-             then applied to a picture of that shape with as many pixels as are stored (side * sqrt(aspect)
-             wide, rounded), and the box is squashed like the picture. None: the images were square.
+    aspect   (n,) host tensor, original width/height of images that were squashed to the square; None: 1. The law is
+             applied to a picture of that shape with as many pixels as are stored, and its box squashed likewise.
     returns  (n, 4) float32 on the host: top, left, height, width in stored pixels; integers if aspect is 1.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
         raise ValueError(f"scale and ratio must be (low, high) with 0 < low <= high, got {scale} and {ratio}")
-    aspect = torch.ones(n) if aspect is None else torch.as_tensor(aspect)
-    _check_host(aspect, (n,), "aspect")
-    root = aspect.double().sqrt()[:, None]
-    full_w = (side * root).round().clamp(min=1)                                                     # (n, 1)
-    full_h = (side / root).round().clamp(min=1)
+    root = _host(torch.ones(n) if aspect is None else aspect, (n,), "aspect").double().sqrt()
+    full = torch.stack([side / root, side * root], dim=1).round().clamp(min=1)              # (n, 2): height, width
 
     # Ten tries at an area and a shape; the first that fits inside the image is taken.
     tries = draw(torch.rand, (2, n, 10), generator, dim=1, dtype=torch.float64)
-    area = full_w * full_h * (scale[0] + (scale[1] - scale[0]) * tries[0])                          # (n, 10)
+    area = full.prod(1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * tries[0])       # (n, 10)
     shape = (math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * tries[1]).exp()
-    w, h = (area * shape).sqrt().round(), (area / shape).sqrt().round()
-    fits = (w > 0) & (w <= full_w) & (h > 0) & (h <= full_h)
+    crops = torch.stack([area / shape, area * shape], dim=2).sqrt().round()                 # (n, 10, 2)
+    fits = ((crops > 0) & (crops <= full[:, None])).all(2)
 
     # An eleventh try that always fits: the largest central crop whose shape lies within `ratio`.
-    w = torch.cat([w, torch.minimum(full_w, (full_h * ratio[1]).round().clamp(min=1))], dim=1)   # (n, 11)
-    h = torch.cat([h, torch.minimum(full_h, (full_w / ratio[0]).round().clamp(min=1))], dim=1)
-    first = (fits.cumsum(1) == 0).sum(1, keepdim=True)          # 0-9: the first that fits; 10: none did
-    w, h = w.gather(1, first), h.gather(1, first)                                                   # (n, 1)
+    largest = torch.stack([full[:, 1] / ratio[0], full[:, 0] * ratio[1]], dim=1).round().clamp(min=1).minimum(full)
+    first = (fits.cumsum(1) == 0).sum(1)                        # 0-9: the first that fits; 10: none did
+    crop = torch.cat([crops, largest[:, None]], dim=1)[torch.arange(n), first]              # (n, 2)
 
-    place = draw(torch.rand, (2, n, 1), generator, dim=1, dtype=torch.float64)
-    top = torch.where(first < 10, (place[0] * (full_h - h + 1)).floor(), ((full_h - h) / 2).floor())
-    left = torch.where(first < 10, (place[1] * (full_w - w + 1)).floor(), ((full_w - w) / 2).floor())
-    squash_y, squash_x = side / full_h, side / full_w
-    return torch.cat([top * squash_y, left * squash_x, h * squash_y, w * squash_x], dim=1).float()  # (n, 4)
+    place = draw(torch.rand, (2, n), generator, dim=1, dtype=torch.float64).T
+    corner = torch.where(first[:, None] < 10, place * (full - crop + 1), (full - crop) / 2).floor()
+    return (torch.cat([corner, crop], dim=1) * (side / full).repeat(1, 2)).float()          # (n, 4)
 
 
 def _bands(start, length, sides, size, flip, reach):
-    """The stored pixels that each block of output pixels looks at, on both axes, as nested lists.
+    """The stored pixels that each block of output pixels looks at, on both axes: first and last + 1, (N, 2, blocks).
 
     start, length, flip  (N, 2, 1): as _resize_weights has them.  sides (2, 1): height and width of the images.
     reach                of the filter, in steps or pixels.
-    returns              [[[[first, last + 1] for each block] for both axes] for each image].
     """
     step = length / size                                                                    # (N, 2, 1)
     i = torch.arange(0, size, _block(size))                                                 # (blocks,)
@@ -211,15 +180,7 @@ def _bands(start, length, sides, size, flip, reach):
     margin = reach * step.clamp(min=1)
     first = torch.maximum(start + (i + 0.5) * step - margin, start).floor()
     end = torch.minimum(start + (k - 0.5) * step + margin, start + length).ceil()
-    return torch.stack([first, end.minimum(sides)], dim=3).int().tolist()
-
-
-def _union(bands):
-    """Some images' bands of one axis -> each block's first pixel, and the width of a band that holds all bands."""
-    ends = [([first for first, _ in block], [end for _, end in block]) for block in zip(*bands, strict=True)]
-    width = max(max(end) - min(first) for first, end in ends)
-    last = max(max(end) for _, end in ends) - width
-    return [min(min(first), last) for first, _ in ends], width
+    return first.int(), end.minimum(sides).int()
 
 
 def _resize_weights(start, length, first, width, size, flip, interpolation):
@@ -234,8 +195,7 @@ def _resize_weights(start, length, first, width, size, flip, interpolation):
     filter widens and misses no pixel: antialiasing) and in stored pixels when it grows. Pixels outside the
     crop do not count; those that the edge of a fractional crop cuts count by their share inside.
     """
-    i = torch.arange(first.shape[1] * _block(size), device=start.device) + 0.5
-    i = i.view(first.shape[1], -1, 1)                                                   # (blocks, block, 1)
+    i = (torch.arange(first.shape[1] * _block(size), device=start.device) + 0.5).view(first.shape[1], -1, 1)
     i = torch.where(flip, size - i, i)                                                  # (n, 2, blocks, block, 1)
     j = torch.arange(width, device=start.device) + 0.5 + first - start                  # (n, 2, blocks, 1, width)
     step = length / size
@@ -266,8 +226,7 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
     n, _, height, width = images.shape
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
-    _check_host(boxes, (n, 4), "boxes")
-    boxes = boxes.float()
+    boxes = _host(boxes, (n, 4), "boxes", torch.float32)
     start, length = boxes[:, :2, None], boxes[:, 2:, None]                                  # (N, 2, 1)
     sides = torch.tensor([height, width])[:, None]
     if not bool(((start >= 0) & (length >= 1e-3) & (start + length <= sides + 5e-4)).all()):
@@ -276,17 +235,20 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
         raise ValueError(f"size must be at least 1, got {size}")
     flips = torch.zeros(n, 2, 1, dtype=torch.bool)
     if flip is not None:
-        _check_host(flip, (n,), "flip")
-        flips[:, 1, 0] = flip
-    bands = _bands(start, length, sides, size, flips, 1 if interpolation == "bilinear" else 2)
+        flips[:, 1, 0] = _host(flip, (n,), "flip")
+    first, end = _bands(start, length, sides, size, flips, 1 if interpolation == "bilinear" else 2)
 
     out = torch.empty(n, 3, size, size, device=images.device)
     start, length, flips = (send(v, images.device)[..., None, None] for v in (start, length, flips))
-    with torch.autocast(images.device.type, enabled=False):         # bf16's 8 bits would spoil the picture
+    with torch.autocast(images.device.type, enabled=False):
         for s in _chunks(n, images):
-            (rows, high), (columns, wide) = (_union(axis) for axis in zip(*bands[s], strict=True))
-            first = send(torch.tensor([rows, columns]), images.device)[..., None, None]        # (2, blocks, 1, 1)
-            w = _resize_weights(start[s], length[s], first, max(high, wide), size, flips[s], interpolation)
+            # One band a block that holds those of all images of the chunk; all blocks' bands have the same width.
+            begin, stop = first[s].amin(0), end[s].amax(0)                                  # (2, blocks)
+            width = (stop - begin).amax(1, keepdim=True)                                    # (2, 1)
+            begin = begin.minimum(stop.amax(1, keepdim=True) - width)
+            (rows, columns), ((high,), (wide,)) = begin.tolist(), width.tolist()
+            begin = send(begin, images.device)[..., None, None]                             # (2, blocks, 1, 1)
+            w = _resize_weights(start[s], length[s], begin, max(high, wide), size, flips[s], interpolation)
             wy, wx = w[:, 0, ..., :high], w[:, 1, ..., :wide]                           # (n, blocks, block, band)
             if images.dtype == torch.uint8:
                 wy.div_(255)
@@ -301,14 +263,11 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), f
                         interpolation="bilinear", generator=None):
     """torchvision's RandomResizedCrop, then RandomHorizontalFlip(flip), in one step. See crop_boxes.
 
-    images  (N, 3, S, S); flip is a probability; aspect (N,) host tensor or None.
-    returns (N, 3, size, size) float32.
+    images (N, 3, S, S) -> (N, 3, size, size) float32; flip is a probability; aspect (N,) host tensor or None.
     """
-    _check(images)
-    _check_square(images)
-    n, side = len(images), images.shape[2]
-    boxes = crop_boxes(n, side, scale, ratio, aspect, generator)
-    flips = draw(torch.rand, (n,), generator) < flip if flip > 0 else None
+    _check(images, square=True)
+    boxes = crop_boxes(len(images), images.shape[2], scale, ratio, aspect, generator)
+    flips = draw(torch.rand, (len(images),), generator) < flip if flip > 0 else None
     return resized_crop(images, boxes, size, flips, interpolation)
 
 
@@ -319,52 +278,45 @@ def center_crop(images, size, aspect=None, fraction=1.0):
     fraction  side of the central square, as a share of the original's shorter side.
     returns   (N, 3, size, size) float32; the same pixels where nothing is cropped or resized.
     """
-    _check(images)
-    _check_square(images)
+    _check(images, square=True)
     n, side = len(images), images.shape[2]
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
-    aspect = torch.ones(n) if aspect is None else torch.as_tensor(aspect).float()
-    _check_host(aspect, (n,), "aspect")
+    aspect = _host(torch.ones(n) if aspect is None else aspect, (n,), "aspect", torch.float32)
     if size == side and fraction == 1 and bool((aspect == 1).all()):
-        return _own(images)
+        return _float(images, copy=True)
     # Of a picture a wide and 1 high, the square takes min(a, 1) of the height and min(1/a, 1) of the width.
     h, w = side * fraction * aspect.clamp(max=1), side * fraction * (1 / aspect).clamp(max=1)
     return resized_crop(images, torch.stack([(side - h) / 2, (side - w) / 2, h, w], dim=1), size)
 
 
 def random_horizontal_flip(x, p=0.5, generator=None, inplace=False):
-    """Mirror each image left-right with probability p. inplace: may write into x, and return it."""
-    _check(x)
-    return _replace(_own(x, inplace), _heads(len(x), p, generator), lambda x, _: x.flip(3))
+    """Mirror each image left-right with probability p."""
+    return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator), lambda x: x.flip(3))
 
 
 def random_crop(x, padding=4, generator=None):
     """torchvision's RandomCrop(side, padding): shift each image by up to `padding` pixels, filling with 0."""
-    _check(x)
+    x = _float(x)
     top, left = draw(functools.partial(torch.randint, 0, 2 * padding + 1), (2, len(x)), generator, dim=1)
     # All shifted images exist as views of the padded ones; pick one each.
-    padded = F.pad(_float(x), (padding, padding, padding, padding))
-    shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)           # (N, 3, 2p+1, 2p+1, H, W)
+    shifts = F.pad(x, [padding] * 4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # (N, 3, 2p+1, 2p+1, H, W)
     return shifts[torch.arange(len(x), device=x.device), :, send(top, x.device), send(left, x.device)]
 
 
 def rotate(x, k):
     """Turn each (square) image counter-clockwise by k quarter turns, as torch.rot90; k (N,) host integers."""
-    _check(x)
-    _check_square(x)
-    k = torch.as_tensor(k)
-    _check_host(k, (len(x),), "k")
-    x = _own(x)
+    _check(x, square=True)
+    k, x = _host(k, (len(x),), "k"), _float(x, copy=True)
     for turns in (1, 2, 3):
-        _replace(x, (k % 4 == turns).nonzero().flatten(), lambda x, _, turns=turns: x.rot90(turns, (2, 3)))
+        _replace(x, (k % 4 == turns).nonzero().flatten(), functools.partial(torch.rot90, k=turns, dims=(2, 3)))
     return x
 
 
 # ------------------------------------------------------------------------------------------- colour
 def _gray(x):
     """(N, 3, H, W) -> (N, 1, H, W) luminance."""
-    r, g, b = (x[:, c:c + 1] for c in range(3))
+    r, g, b = x.split(1, dim=1)
     return (r * RGB_TO_GRAY[0]).add_(g, alpha=RGB_TO_GRAY[1]).add_(b, alpha=RGB_TO_GRAY[2])
 
 
@@ -374,21 +326,17 @@ def _blend_matrices(factor, gray_share, mean_share):
     It is clamp(factor * x + (1 - factor) * base), where base is black (shares 0: brightness), the mean of the
     grey image (mean_share 1: contrast) or the grey image (gray_share 1: saturation): all linear in rgb.
 
-    factor, gray_share, mean_share  host tensors of one shape (...).
+    factor   host tensor (...); gray_share and mean_share of the same shape, or one number for all.
     returns  own (..., 3, 3) and mean (..., 1, 3): a pixel becomes clamp(own @ rgb + mean @ image's mean rgb).
     """
     luminance = torch.tensor([RGB_TO_GRAY])                                                 # (1, 3)
-    factor, gray_share, mean_share = (v[..., None, None] for v in (factor, gray_share, mean_share))
+    factor, gray_share, mean_share = (torch.as_tensor(v)[..., None, None] for v in (factor, gray_share, mean_share))
     own = factor * torch.eye(3) + (1 - factor) * gray_share * luminance
     return own, (1 - factor) * mean_share * luminance
 
 
-def _blend(x, own, mean=None, out=None):
-    """Apply _blend_matrices: x (n, 3, H, W), own (n, 3, 3), mean (n, 1, 3), None for zeros; all on one device.
-
-    out  (n, 3, H, W) contiguous, written to; None: a new tensor.
-    """
-    out = torch.empty(x.shape, device=x.device) if out is None else out
+def _blend(x, own, mean, out):
+    """out = _blend_matrices' own (n, 3, 3) and mean (n, 1, 3; None: zeros) applied to x (n, 3, H, W). Returns out."""
     pixels = x.flatten(2)                                                                   # (n, 3, HW)
     torch.bmm(own, pixels, out=out.flatten(2))
     if mean is not None:
@@ -422,12 +370,11 @@ def _hue_(x, shift):
 
 
 def _adjust(x, factor, gray_share, mean_share):
-    _check(x)
-    factor = _per_image(factor, len(x), "factor")
-    one = torch.ones_like(factor)
-    own, mean = _blend_matrices(factor, one * gray_share, one * mean_share)
+    x = _float(x)
+    factor = _host(factor, (len(x),), "factor", torch.float32)
+    own, mean = (send(v, x.device) for v in _blend_matrices(factor, gray_share, mean_share))
     with torch.autocast(x.device.type, enabled=False):
-        return _blend(_float(x), send(own, x.device), send(mean, x.device))
+        return _blend(x, own, mean, out=torch.empty_like(x))
 
 
 def adjust_brightness(x, factor):
@@ -447,23 +394,22 @@ def adjust_saturation(x, factor):
 
 def adjust_hue(x, factor):
     """Turn the hue by factor, (N,) host tensor in [-0.5, 0.5] of a full circle."""
-    _check(x)
-    factor = send(_per_image(factor, len(x), "factor"), x.device)
-    return _hue_(_own(x), factor.view(-1, 1, 1))
+    x = _float(x, copy=True)
+    return _hue_(x, send(_host(factor, (len(x),), "factor", torch.float32), x.device)[:, None, None])
 
 
-def _jitter(x, hue_step, is_contrast, own, mean, shift):
+def _jitter(hue_step, turns, x, is_contrast, own, mean, shift):
     """The four operations of color_jitter on images (n, 3, H, W) whose hue comes at step hue_step; x is used up.
 
     is_contrast (n, 4) host bool; own (n, 4, 3, 3) and mean (n, 4, 1, 3) of _blend_matrices, shift (n, 4, 1, 1):
-    what each image has at each step. shift None: the hue stays.
+    what each image has at each step.  turns: whether the hue is turned at all.
     """
     spare = torch.empty_like(x)
     for step in range(4):
         if step != hue_step:
             needed = is_contrast[:, step].any()  # the mean over the image, which only contrast looks at
             x, spare = _blend(x, own[:, step], mean[:, step] if needed else None, out=spare), x
-        elif shift is not None:
+        elif turns:
             x = _hue_(x, shift[:, step])
     return x
 
@@ -473,9 +419,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
 
     The first three factors are uniform in [max(0, 1 - strength), 1 + strength], the hue's in [-hue, hue];
     each image has its own order of the four operations, all 24 equally likely. Returns (N, 3, H, W) float32.
-    inplace: may write into x, and return it.
     """
-    _check(x)
+    x = _float(x, copy=not inplace)
     if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
         raise ValueError("brightness, contrast and saturation must be >= 0, and hue within [0, 0.5], got "
                          f"{brightness}, {contrast}, {saturation}, {hue}")
@@ -491,23 +436,30 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     order = order[sort]
     factors = factors[sort].gather(1, order)                            # (N, 4): the factor at each step
     is_contrast = order == 1
-    own, mean = _blend_matrices(factors, (order == 2).float(), is_contrast.float())
-    own, mean = send(own, x.device), send(mean, x.device)                                   # (N, 4, 3 or 1, 3)
-    shift = send(factors, x.device)[..., None, None]                                        # (N, 4, 1, 1)
+    own, mean = _blend_matrices(factors, order == 2, is_contrast)                           # (N, 4, 3 or 1, 3)
+    own, mean, shift = (send(v, x.device) for v in (own, mean, factors[..., None, None]))
     groups = zip(*(v.split(counts) for v in (sort, is_contrast, own, mean, shift)), strict=True)
 
-    x = _own(x, inplace)
-    with torch.autocast(x.device.type, enabled=False):
-        for step, (which, c, o, m, h) in zip(range(4), groups, strict=False):       # the fifth stays as it is
-            _replace(x, which, lambda x, s, step=step, c=c, o=o, m=m, h=h:
-                     _jitter(x, step, c[s], o[s], m[s], h[s] if hue > 0 else None))
+    for step, (which, *values) in zip(range(4), groups, strict=False):              # the fifth stays as it is
+        _replace(x, which, functools.partial(_jitter, step, hue > 0), *values)
     return x
 
 
 def random_grayscale(x, p=0.2, generator=None, inplace=False):
-    """Replace each image, with probability p, by its luminance. inplace: may write into x, and return it."""
-    _check(x)
-    return _replace(_own(x, inplace), _heads(len(x), p, generator), lambda x, _: _gray(x).expand(-1, 3, -1, -1))
+    """Replace each image, with probability p, by its luminance."""
+    return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator), lambda x: _gray(x).expand(-1, 3, -1, -1))
+
+
+def solarize(x, threshold=0.5, p=0.2, generator=None, inplace=False):
+    """Turn pixels >= threshold into 1 - pixel, each channel by itself, in each image with probability p.
+
+    threshold  in [0, 1]; 128 of 255 on uint8 is 0.5 here. What earlier operations gave is not rounded to 255ths first.
+    Source     BYOL (appendix B) and Barlow Twins: p = 0 for one view, 0.2 for the other.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
+    return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator),
+                    lambda x: torch.where(x >= threshold, 1 - x, x))
 
 
 # --------------------------------------------------------------------------------- blur, normalise
@@ -521,11 +473,11 @@ def blur(x, sigma, kernel_size):
     A blur is linear on each axis: out = By @ x @ Bx^T. Row i of B holds the Gaussian around i; a tap that
     falls outside is added where the reflection puts it.
     """
-    _check(x)
-    sigma = _per_image(sigma, len(x), "sigma")
+    x = _float(x, copy=True)
+    sigma = _host(sigma, (len(x),), "sigma", torch.float32)
     if bool((sigma <= 0).any()):
         raise ValueError("sigma must be greater than 0")
-    return _blur(_own(x), torch.arange(len(x)), sigma, kernel_size)
+    return _blur(x, torch.arange(len(x)), sigma, kernel_size)
 
 
 def _blur(x, which, sigma, kernel_size):
@@ -552,47 +504,41 @@ def _blur(x, which, sigma, kernel_size):
         i = i.view(len(first), block, -1) - first[:, None, None]
         return send(i, x.device), first.tolist(), band
 
-    def matrix(taps, source, band):
-        b = torch.zeros(len(taps), *source.shape[:2], band, device=x.device)                # (n, blocks, block, band)
-        return b.scatter_add_(3, source.expand(len(taps), -1, -1, -1), taps[:, None, None].expand(-1, *source.shape))
+    axes = {side: axis(side) for side in x.shape[2:]}                                  # one, of a square image
 
-    square = x.shape[2] == x.shape[3]
-    rows, first_y, high = axis(x.shape[2])
-    columns, first_x, wide = (rows, first_y, high) if square else axis(x.shape[3])
-
-    def blurred(x, s):
-        wy = matrix(taps[s], rows, high)
-        wx = wy if square else matrix(taps[s], columns, wide)
+    def blurred(x, taps):
+        matrices = {}
+        for side, (source, _, band) in axes.items():
+            zeros = torch.zeros(len(taps), *source.shape[:2], band, device=x.device)    # (n, blocks, block, band)
+            matrices[side] = zeros.scatter_add_(3, source.expand(len(taps), -1, -1, -1),
+                                                taps[:, None, None].expand(-1, *source.shape))
+        height, width = x.shape[2:]
         out = torch.empty_like(x)
-        _two_products(out, wy, first_y, x, wx, first_x)
+        _two_products(out, matrices[height], axes[height][1], x, matrices[width], axes[width][1])
         return out
 
-    with torch.autocast(x.device.type, enabled=False):
-        return _replace(x, which, blurred)
+    return _replace(x, which, blurred, taps)
 
 
 def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, inplace=False):
     """Blur each image with probability p, by a sigma of its own, uniform in the range, in pixels.
 
     kernel_size  None: out to three of the largest sigma on either side, or to the edge of the image.
-    inplace      may write into x, and return it.
     """
-    _check(x)
+    x = _float(x, copy=not inplace)
     if not 0 < sigma[0] <= sigma[1]:
         raise ValueError(f"sigma must be (low, high) with 0 < low <= high, got {sigma}")
     if kernel_size is None:
         kernel_size = 2 * min(math.ceil(3 * sigma[1]), min(x.shape[2:]) - 1) + 1
     heads, sigmas = _heads(len(x), p, generator), _uniform(len(x), *sigma, generator)
-    return _blur(_own(x, inplace), heads, sigmas[heads], kernel_size)
+    return _blur(x, heads, sigmas[heads], kernel_size)
 
 
 def normalize(x, mean, std):
     """(x - mean) / std for each channel; mean and std (3,), for x in [0, 1]. Returns channels_last."""
     _check(x)
-    mean, std = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
-    if mean.numel() != 3 or std.numel() != 3:
-        raise ValueError(f"mean and std must be three numbers each, got {mean.tolist()} and {std.tolist()}")
-    mean, std = send(mean, x.device).view(1, 3, 1, 1), send(std, x.device).view(1, 3, 1, 1)
+    mean, std = (_host(v, (3,), "mean and std", torch.float32).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = send(mean, x.device), send(std, x.device)
     out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)
     for s in _chunks(len(x), x):
         out[s] = (_float(x[s]) - mean).div_(std)

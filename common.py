@@ -127,15 +127,16 @@ class ResNet18(nn.Module):
 class TwoCrops:
     """Two independent views of every image: `x1, x2 = TwoCrops(transform)(batch, ...)`.
 
-    transform  called twice with the same arguments; it draws anew each time, an own draw per image.
-    returns    two tensors; row i of both comes from image i.
+    transform   called with the batch's arguments; it draws anew each time, an own draw per image.
+    transform2  the second view's own transform, as in BYOL and Barlow Twins; None: the same again.
+    returns     two tensors; row i of both comes from image i.
     """
 
-    def __init__(self, transform):
-        self.transform = transform
+    def __init__(self, transform, transform2=None):
+        self.transforms = transform, transform if transform2 is None else transform2
 
     def __call__(self, *batch):
-        return self.transform(*batch), self.transform(*batch)
+        return tuple(transform(*batch) for transform in self.transforms)
 
 
 class AverageMeter:

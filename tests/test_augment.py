@@ -84,7 +84,7 @@ def test_uint8_is_scaled_to_one_everywhere():
         assert_close(function(u, *args), function(x, *args))
     for name, args in [("random_resized_crop", (16,)), ("random_horizontal_flip", ()), ("random_crop", ()),
                        ("color_jitter", (0.4, 0.4, 0.4, 0.1, 0.5)), ("random_grayscale", ()),
-                       ("gaussian_blur", ())]:
+                       ("gaussian_blur", ()), ("solarize", ())]:
         function = getattr(augment, name)
         assert_close(function(u, *args, generator=generator(3)), function(x, *args, generator=generator(3)))
 
@@ -233,6 +233,22 @@ def test_color_jitter_factors_are_uniform_in_torchvisions_ranges(which, name, st
         assert ks(ours[:, channel, 0, 0], theirs[:, channel, 0, 0]) < 1
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
+def test_solarize_is_torchvisions(threshold):
+    x = images(8)
+    x[0] = threshold                                                            # the threshold itself is turned
+    assert torch.equal(augment.solarize(x, threshold, p=1.0), TF.solarize(x, threshold))
+    assert torch.equal(augment.solarize(x, threshold, p=0.0), x)
+    y, turned = augment.solarize(x[1:], 0.5, p=0.5, generator=generator(1)), TF.solarize(x[1:], 0.5)
+    own = [torch.equal(a, b) or torch.equal(a, c) for a, b, c in zip(y, x[1:], turned, strict=True)]
+    assert all(own), "an image is turned as a whole or not at all"
+
+
+def test_solarize_on_bytes_turns_from_128_as_torchvision_does():
+    u = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert_close(augment.solarize(u, p=1.0), TF.solarize(u, 128) / 255, atol=1e-6)
+
+
 def changed(x, y):
     return (x - y).abs().flatten(1).amax(1) > 1e-7
 
@@ -245,6 +261,7 @@ def test_coins_have_their_probability_and_spare_the_others(p):
         "grey": augment.random_grayscale(x, p, generator()),
         "jitter": augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p, generator()),
         "blur": augment.gaussian_blur(x, (0.5, 2.0), p, generator=generator()),
+        "solarize": augment.solarize(x, 0.5, p, generator()),
     }.items():
         assert abs(changed(x, y).float().mean().item() - p) < 0.04, name
         assert p in (0.0, 1.0) or changed(x, y).any() and not changed(x, y).all(), name
@@ -291,7 +308,19 @@ RANDOM = {
     "color_jitter": lambda x, g: augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, generator=g),
     "random_grayscale": lambda x, g: augment.random_grayscale(x, generator=g),
     "gaussian_blur": lambda x, g: augment.gaussian_blur(x, generator=g),
+    "solarize": lambda x, g: augment.solarize(x, generator=g),
 }
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_processes_draw_their_parts_of_what_one_would_draw(name):
+    x = images(24, 12)
+    whole, parts = RANDOM[name](x, generator(5)), []
+    for rank, part in enumerate(x.chunk(3)):
+        share = augment.Share().of(rank, 3)
+        share.manual_seed(5)
+        parts.append(RANDOM[name](part, share))
+    assert_close(torch.cat(parts), whole, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -315,9 +344,9 @@ def test_every_image_has_its_own_draw(name):
     x = images(1, 12).expand(200, 3, 12, 12)
     y = RANDOM[name](x, generator(1)).flatten(1)
     kinds = len(y.unique(dim=0))
-    # Flip and grey have two outcomes, the padded crop 81; elsewhere small crops coincide, or coins say no.
-    least = {"random_horizontal_flip": 2, "random_grayscale": 2, "random_crop": 60, "gaussian_blur": 80,
-             "random_resized_crop": 150, "color_jitter": 140}[name]
+    # Flip, grey and solarize have two outcomes, the padded crop 81; elsewhere small crops coincide, or coins say no.
+    least = {"random_horizontal_flip": 2, "random_grayscale": 2, "solarize": 2, "random_crop": 60,
+             "gaussian_blur": 80, "random_resized_crop": 150, "color_jitter": 140}[name]
     assert kinds >= least
 
 
@@ -365,7 +394,8 @@ def test_any_layout_and_size_and_the_input_stays_as_it_was(name, n):
             assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("name", ["random_horizontal_flip", "color_jitter", "random_grayscale", "gaussian_blur"])
+@pytest.mark.parametrize("name", ["random_horizontal_flip", "color_jitter", "random_grayscale", "gaussian_blur",
+                                  "solarize"])
 def test_in_place_the_result_is_the_same_and_takes_no_other_memory(name):
     jitter = (0.4, 0.4, 0.4, 0.1) if name == "color_jitter" else ()
     x = images(30, 12)
@@ -436,6 +466,7 @@ def test_results_are_float32_under_autocast_too():
     (lambda x: augment.resized_crop(x, torch.tensor([[0, 0, 8.0, 8]]).expand(4, 4), 0), "size"),
     (lambda x: augment.center_crop(x, 8, fraction=1.5), "fraction"),
     (lambda x: augment.normalize(x, (0.5,), STD), "mean"),
+    (lambda x: augment.solarize(x, threshold=128), "threshold"),
 ])
 def test_wrong_arguments_are_named(call, words):
     with pytest.raises(ValueError, match=words):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import importlib
 import json
 import math
@@ -89,6 +90,16 @@ def test_two_crops_draw_twice():
     generator = torch.Generator().manual_seed(0)
     x1, x2 = common.TwoCrops(lambda x, g: x + torch.rand(x.shape, generator=g))(torch.zeros(4), generator)
     assert not torch.equal(x1, x2)
+
+
+def test_two_crops_give_each_view_its_own_transform():
+    def view(sign, x, g):
+        return x + sign * torch.rand(x.shape, generator=g)
+
+    two_crops = common.TwoCrops(functools.partial(view, 1), functools.partial(view, -1))
+    x1, x2 = two_crops(torch.zeros(4), torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    assert torch.equal(x1, torch.rand(4, generator=g)) and torch.equal(x2, -torch.rand(4, generator=g))  # in this order
 
 
 def test_average_meter_weights_by_count_and_stays_a_tensor():
