@@ -1,8 +1,6 @@
 """The toy set: glyphs drawn by the program, so that anything can be tried without pictures of one's own.
 
     for images in draw_toy("train", size=32):  ...      (n, 3, S, S) uint8; image i is of class i % 10
-
-Seeded, the same on every machine. Importing this file does nothing.
 """
 
 import math
@@ -75,24 +73,15 @@ def glyph(name, u, v):
             first, second = torch.maximum(first, one), torch.maximum(second, torch.minimum(first, one))
         return first, second
 
-    match name:
-        case "disc":
-            return disc(0, 0.72)
-        case "ring":
-            return disc(0, 0.6).abs() - 0.16
-        case "square":
-            return box(0, 0, 0.64, 0.64)
-        case "triangle":
-            return edges(3, 0.45)[0]
-        case "plus":
-            return torch.minimum(box(0, 0, 0.78, 0.2), box(0, 0, 0.2, 0.78))
-        case "T":
-            return torch.minimum(box(0, -0.52, 0.7, 0.2), box(0, 0.1, 0.2, 0.65))
-        case "L":
-            return torch.minimum(box(-0.4, 0, 0.2, 0.72), box(0.05, 0.52, 0.65, 0.2))
-        case "crescent":
-            return torch.maximum(disc(0, 0.78), -disc(0.4, 0.62))
-        case "star":  # a pentagram is where at least four of five half-planes meet
-            return edges(5, 0.3)[1]
-        case _:  # two bars
-            return torch.maximum((u.abs() - 0.45).abs() - 0.2, v.abs() - 0.72)
+    return {
+        "disc": lambda: disc(0, 0.72),
+        "ring": lambda: disc(0, 0.6).abs() - 0.16,
+        "square": lambda: box(0, 0, 0.64, 0.64),
+        "triangle": lambda: edges(3, 0.45)[0],
+        "plus": lambda: torch.minimum(box(0, 0, 0.78, 0.2), box(0, 0, 0.2, 0.78)),
+        "T": lambda: torch.minimum(box(0, -0.52, 0.7, 0.2), box(0, 0.1, 0.2, 0.65)),
+        "L": lambda: torch.minimum(box(-0.4, 0, 0.2, 0.72), box(0.05, 0.52, 0.65, 0.2)),
+        "crescent": lambda: torch.maximum(disc(0, 0.78), -disc(0.4, 0.62)),
+        "star": lambda: edges(5, 0.3)[1],  # a pentagram is where at least four of five half-planes meet
+        "two-bars": lambda: torch.maximum((u.abs() - 0.45).abs() - 0.2, v.abs() - 0.72),
+    }[name]()
