@@ -1,8 +1,7 @@
-"""data.py among broken pictures, odd files, killed processes and full disks: right pictures or one clear line."""
+"""pictures among broken pictures, odd files, killed processes and full disks: right pictures or one clear line."""
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -25,8 +24,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from common import UsageError
+import pictures
+from common import UsageError, printable
+from pictures import decoding, folders, store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 NOBODY = 65534
@@ -80,7 +80,7 @@ def folder(tmp_path):
 
 
 def packed(folder, cache, size=8, quiet=True, **options):
-    return data.pack(data.open_source(folder), size, cache=cache, quiet=quiet, **options)
+    return pictures.pack(pictures.open_source(folder), size, cache=cache, quiet=quiet, **options)
 
 
 def check(split, count):
@@ -158,9 +158,9 @@ def test_odd_pictures_under_odd_names(tmp_path):
         (folder / os.fsdecode(name)).write_bytes(content)
     shapes = {b"one.png": 1, b"column.png": 1 / 4000, b"row.jpg": 4000, b"upside.jpg": 0.5}
     for _ in range(2):  # packed, and found again
-        source = data.open_source(folder)
+        source = pictures.open_source(folder)
         assert all(line.isprintable() for line in source.description)
-        train = data.pack(source, 8, cache=tmp_path / "c", quiet=True).train
+        train = pictures.pack(source, 8, cache=tmp_path / "c", quiet=True).train
         assert {os.path.basename(os.fsencode(path)) for path in train.paths} == cases.keys() and not train.skipped
         for image, aspect, path in zip(train.images, train.aspect, train.paths, strict=True):
             name = os.path.basename(os.fsencode(path))
@@ -172,7 +172,7 @@ def test_odd_pictures_under_odd_names(tmp_path):
 def test_class_names_of_any_bytes_can_be_printed(tmp_path):
     for name in (b"caf\xe9", b"two\nlines", "日本".encode()):
         coloured(tmp_path / "d" / os.fsdecode(name) / "0.png", 0, 1)
-    source = data.open_source(tmp_path / "d", holdout=0)
+    source = pictures.open_source(tmp_path / "d", holdout=0)
     assert sorted(source.classes) == ["caf\\udce9", "two\\nlines", "日本"]
     for text in source.description + source.classes:
         text.encode()  # what print() does
@@ -190,7 +190,7 @@ def test_a_broken_first_picture_does_not_change_the_recipe(tmp_path):
             Image.new("RGB", (32, 32)).save(tmp_path / "d" / c / f"{i}.png")
     for i in range(2):
         (tmp_path / f"d/airplane/{i}.png").write_bytes(b"")
-    assert data.open_source(tmp_path / "d").kind == "cifar"
+    assert pictures.open_source(tmp_path / "d").kind == "cifar"
 
 
 @pytest.mark.parametrize("kind, count, value", [
@@ -200,7 +200,7 @@ def test_a_broken_first_picture_does_not_change_the_recipe(tmp_path):
 def test_orientations_that_are_none(tmp_path, kind, count, value):  # of EXIF's types, and of wrong ones
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHI4sI", 1, 0x0112, kind, count, value, 0)
     Image.new("RGB", (24, 12)).save(tmp_path / "x.jpg", exif=exif)
-    assert data.decode(tmp_path / "x.jpg", 8)[1] in (2, 0.5)
+    assert pictures.decode(tmp_path / "x.jpg", 8)[1] in (2, 0.5)
 
 
 # ---- broken ------------------------------------------------------------------------------------
@@ -236,9 +236,9 @@ def test_tiny_files_that_claim_to_be_huge_are_refused_at_once(tmp_path):
         reasons = []
         for kind in kinds:
             try:
-                data.decode(tmp_path / f"x.{kind.lower()}", 8)
+                pictures.decode(tmp_path / f"x.{kind.lower()}", 8)
             except Exception as error:
-                reasons.append(data.one_line(error))
+                reasons.append(pictures.one_line(error))
         return reasons
 
     started = time.time()
@@ -260,7 +260,7 @@ def test_an_honest_picture_of_100_megapixels(tmp_path):
 
 def test_huge_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     Image.new("1", (5_800, 5_800)).save(tmp_path / "x.png")
-    running, most, to_rgb = [], [], data.to_rgb
+    running, most, to_rgb = [], [], decoding.to_rgb
 
     def counted(image):
         running.append(image)
@@ -269,9 +269,9 @@ def test_huge_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
         running.remove(image)
         return to_rgb(image.resize((8, 8)))
 
-    monkeypatch.setattr(data, "to_rgb", counted)
+    monkeypatch.setattr(decoding, "to_rgb", counted)
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda path: data.decode(path, 8), [tmp_path / "x.png"] * 3))
+        list(pool.map(lambda path: pictures.decode(path, 8), [tmp_path / "x.png"] * 3))
     assert most == [1, 1, 1]
 
 
@@ -289,21 +289,21 @@ def test_files_cut_or_scratched_anywhere(tmp_path, kind):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pixels, aspect = data.decode(path, 8)
+                pixels, aspect = pictures.decode(path, 8)
             assert pixels.shape == (3, 8, 8) and 0 < aspect < float("inf")
         except Exception as error:
-            reason = data.one_line(error, path)
+            reason = pictures.one_line(error, path)
             assert reason and reason.isprintable() and len(reason) <= 120, error
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(Exception):  # noqa: B017 (each format raises its own)
-        data.decode(path, 8)
+        pictures.decode(path, 8)
 
 
 def test_floats_without_a_range_are_refused(tmp_path):
     for value in (float("inf"), float("-inf"), float("nan")):
         Image.new("F", (4, 4), value).save(tmp_path / "x.tif")
         with pytest.raises(ValueError, match="brightness"):
-            data.decode(tmp_path / "x.tif", 4)
+            pictures.decode(tmp_path / "x.tif", 4)
 
 
 def test_no_picture_starts_ghostscript(tmp_path, monkeypatch):
@@ -316,12 +316,12 @@ def test_no_picture_starts_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n")
     with pytest.raises(Image.UnidentifiedImageError):
-        data.decode(tmp_path / "x.jpg", 8)
+        pictures.decode(tmp_path / "x.jpg", 8)
     assert not (tmp_path / "ran").exists()
     with contextlib.suppress(Exception), Image.open(tmp_path / "x.jpg") as image:
         image.load()
     assert (tmp_path / "ran").exists()  # Pillow left to itself would have: the trap works
-    assert ".eps" not in data.image_extensions()
+    assert ".eps" not in decoding.image_extensions()
 
 
 def break_some(folder):
@@ -367,7 +367,7 @@ def test_all_bad_files_of_all_splits_are_listed_together(folder, tmp_path):
     listed = dict(line.split("\t") for line in lines)
     assert len(lines) == len(listed) == 12
     for name, word in reasons.items():
-        assert word in listed[data.printable(f"{folder}/{name}")]
+        assert word in listed[printable(f"{folder}/{name}")]
 
 
 def test_going_on_without_bad_files_counts_them_all(folder, tmp_path, capsys, monkeypatch):
@@ -397,7 +397,7 @@ def test_without_the_flag_the_second_start_refuses_at_once(folder, tmp_path, mon
     for _ in range(2):
         with pytest.raises(UsageError, match="1 of 48 images cannot be read: .*a/0.png .empty file"):
             packed(folder, tmp_path / "c")
-        monkeypatch.setattr(data, "decode", None)  # nothing is decoded again ...
+        monkeypatch.setattr(store, "decode", None)  # nothing is decoded again ...
     check(packed(folder, tmp_path / "c", skip_unreadable=True).train, 35)  # ... with the flag neither
 
 
@@ -423,11 +423,11 @@ def test_links_that_lead_nowhere_do_not_take_a_class_along(folder, tmp_path):
     (folder / "train/.#draft").symlink_to("nobody@host")  # an editor's lock
     (folder / "train/d").symlink_to(tmp_path / "unmounted")
     with pytest.raises(UsageError, match="train/d: a broken link"):
-        data.open_source(folder)
+        pictures.open_source(folder)
     (folder / "train/d").unlink()
     (folder / "train/a/more").symlink_to("more")  # to itself
     with pytest.raises(UsageError, match="a/more: a broken link"):
-        data.open_source(folder)
+        pictures.open_source(folder)
     (folder / "train/a/more").unlink()
     check_whole(packed(folder, tmp_path / "c"))
 
@@ -446,7 +446,7 @@ def test_folders_that_lead_back_into_themselves(folder, tmp_path):
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/x").symlink_to(tmp_path / "loop")
     with pytest.raises(UsageError, match="no images found"):
-        data.open_source(tmp_path / "loop")
+        pictures.open_source(tmp_path / "loop")
 
 
 def test_what_is_passed_over_is_said(tmp_path):
@@ -457,7 +457,7 @@ def test_what_is_passed_over_is_said(tmp_path):
     coloured(tmp_path / "validation/a/0.png", 0, 0)
     coloured(tmp_path / "extra/0.png", 0, 0)
     coloured(tmp_path / "loose.png", 0, 0)
-    text = "\n".join(data.open_source(tmp_path).description)
+    text = "\n".join(pictures.open_source(tmp_path).description)
     top = tmp_path.name
     words = f"left out 4 pictures beside what was recognised: 1 in {top}, 1 in {top}/extra, 1 in {top}/training/labeled"
     assert words in " ".join(text.split())
@@ -469,14 +469,14 @@ def test_pictures_that_are_not_read_for_their_name_or_kind(folder, tmp_path):
     (folder / "train/a/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (folder / "train/a/notes").write_text("no picture")
     os.mkfifo(folder / "train/a/pipe")  # nobody waits for it
-    text = Child(lambda: " ".join(" ".join(data.open_source(folder).description).split())).result(timeout=20)
+    text = Child(lambda: " ".join(" ".join(pictures.open_source(folder).description).split())).result(timeout=20)
     assert "left out 3 pictures of a kind or name that is not read, 1 without an ending" in text
     assert "1 .HEIC, 1 .jpg?w=300: convert or rename them" in text
     assert "2 files that are no images, such as notes" in text
     for i in range(60):
         (folder / f"train/b/{i}.heic").touch()
     with pytest.raises(UsageError, match="most pictures would be left out, 63 pictures.*: convert or rename"):
-        data.open_source(folder)
+        pictures.open_source(folder)
 
 
 def test_many_that_are_not_read_take_no_longer_each(folder, monkeypatch):
@@ -487,10 +487,10 @@ def test_many_that_are_not_read_take_no_longer_each(folder, monkeypatch):
             Counted.looked += 1
             return super().__iter__()
 
-    monkeypatch.setattr(data, "foreign_pictures", lambda files: Counted(files))
+    monkeypatch.setattr(folders, "foreign_pictures", lambda files: Counted(files))
     for i in range(30):
         (folder / f"train/b/{i}.heic").touch()
-    data.open_source(folder)
+    pictures.open_source(folder)
     assert Counted.looked < 10  # not once for each file
 
 
@@ -499,7 +499,7 @@ def test_most_pictures_are_never_left_out(tmp_path):
         coloured(tmp_path / f"{i}.png", 0, i)
         coloured(tmp_path / f"old/{i % 5}.png", 0, i)
     with pytest.raises(UsageError, match="most pictures would be left out, 6 pictures beside what was recognised"):
-        data.open_source(tmp_path)
+        pictures.open_source(tmp_path)
 
 
 def test_folders_of_systems_tools_and_runs_are_passed_over(folder, tmp_path):
@@ -512,7 +512,7 @@ def test_folders_of_systems_tools_and_runs_are_passed_over(folder, tmp_path):
         (folder / name).touch()
     for _ in range(2):
         check_whole(packed(folder, folder / "c"))
-    assert not [line for line in data.open_source(folder).description if "left out" in line]
+    assert not [line for line in pictures.open_source(folder).description if "left out" in line]
 
 
 @pytest.fixture
@@ -521,8 +521,8 @@ def public():
     path = Path(tempfile.mkdtemp())
     path.chmod(0o777)
     yield path
-    for parent, folders, _ in os.walk(path):
-        for name in folders:
+    for parent, names, _ in os.walk(path):
+        for name in names:
             os.chmod(os.path.join(parent, name), 0o777)
     shutil.rmtree(path)
 
@@ -536,7 +536,7 @@ def as_nobody(work):
             os.setuid(NOBODY)
         return work()
 
-    data.image_formats()  # its imports: the other user may not be able to read the installation
+    decoding.image_formats()  # its imports: the other user may not be able to read the installation
     return Child(drop).result()
 
 
@@ -576,7 +576,7 @@ def nothing_left(cache):
 
 def counting(path, monkeypatch, slow=0.0):
     """Every decoded picture adds a byte to a file, in whatever process."""
-    decode = data.decode
+    decode = store.decode
 
     def counted(*args):
         with open(path, "ab") as file:
@@ -584,16 +584,12 @@ def counting(path, monkeypatch, slow=0.0):
         time.sleep(slow)
         return decode(*args)
 
-    monkeypatch.setattr(data, "decode", counted)
+    monkeypatch.setattr(store, "decode", counted)
 
 
-@pytest.mark.parametrize("processes, locks", [(2, True), (4, True), (4, False)])
-def test_several_processes_pack_the_same_at_once(folder, tmp_path, monkeypatch, processes, locks):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_pack_the_same_at_once(folder, tmp_path, monkeypatch, processes):
     counting(tmp_path / "count", monkeypatch, slow=0.002)
-    if not locks:  # a network file system may have none
-        def refuse(*args):
-            raise OSError(errno.ENOLCK, "No locks available")
-        monkeypatch.setattr(data.fcntl, "flock", refuse)
     go, start = os.pipe()
 
     def work():
@@ -604,24 +600,21 @@ def test_several_processes_pack_the_same_at_once(folder, tmp_path, monkeypatch, 
     children = [Child(work) for _ in range(processes)]
     os.write(start, b"x" * processes)
     assert all(child.result() for child in children)
-    count = (tmp_path / "count").stat().st_size
-    assert count == 48 if locks else 48 <= count <= 48 * processes  # with locks, one does the work for all
-    stores = [path for path in (tmp_path / "c").iterdir() if path.name.startswith("d-")]
-    assert len(stores) == 2
-    assert not locks or nothing_left(tmp_path / "c")
+    assert 48 <= (tmp_path / "count").stat().st_size <= 48 * processes
+    assert len(list((tmp_path / "c").iterdir())) == 2 and nothing_left(tmp_path / "c")
 
 
-@pytest.mark.parametrize("moment", ["create_images", "decode", "finish_store", "fsync", "publish", "open_store"])
+@pytest.mark.parametrize("moment", ["create_images", "decode", "fsync", "publish", "open_store"])
 def test_killed_while_packing(folder, tmp_path, monkeypatch, moment):
     cache = tmp_path / "c"
 
     def work():
-        place = os if moment == "fsync" else data
+        place = os if moment == "fsync" else store
         function, calls = getattr(place, moment), []
 
         def deadly(*args):
             calls.append(args)
-            if len(calls) == {"decode": 20, "open_store": 3}.get(moment, 1):
+            if len(calls) == {"decode": 20, "open_store": 2}.get(moment, 1):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
 
@@ -630,63 +623,33 @@ def test_killed_while_packing(folder, tmp_path, monkeypatch, moment):
 
     with pytest.raises(RuntimeError, match="signal 9"):
         Child(work).result()
-    left = [path.name for path in cache.iterdir() if path.name.startswith(".packing-")]
+    left = list(cache.glob(".packing-*"))
     assert left or moment == "open_store"  # that one is after the renaming
+    for path in left:
+        os.utime(path, (0, 0))
     check_whole(packed(folder, cache))
     assert nothing_left(cache)
 
 
-def test_leftovers_of_the_dead_go_those_of_the_living_stay(folder, tmp_path):
-    cache, decode = tmp_path / "c", data.decode
-
-    def stop_midway():
-        def stopping(path, size):
-            if path.endswith("b/3.png"):
-                os.kill(os.getpid(), signal.SIGSTOP)
-            return decode(path, size)
-
-        data.decode = stopping
-        check(packed(folder, cache, workers=1, splits=("train",)).train, 36)
-        return "unharmed"
-
-    living = Child(stop_midway)
-    os.waitpid(living.pid, os.WUNTRACED)
-    killed = Child(lambda: (setattr(data, "finish_store", lambda *_: os.kill(os.getpid(), 9)),
-                            packed(folder, cache, size=9, splits=("train",))))
-    with pytest.raises(RuntimeError, match="signal 9"):
-        killed.result()
-    (cache / ".packing-old").mkdir()  # without a lock, and of yesterday
-    os.utime(cache / ".packing-old", (0, 0))
-    (cache / ".packing-young").mkdir()
-    assert len(list(cache.glob(".packing-*"))) == 4
+def test_leftovers_of_a_day_ago_go_younger_ones_stay(folder, tmp_path):
+    cache = tmp_path / "c"
+    for name, hours in (("old", 25), ("young", 23)):
+        (cache / f".packing-{name}").mkdir(parents=True)
+        (cache / f".packing-{name}/images.bin").touch()
+        os.utime(cache / f".packing-{name}", (time.time() - 3600 * hours,) * 2)
+    (cache / ".packing-file").touch()
+    (cache / ".packing-link").symlink_to(folder)
+    os.utime(cache / ".packing-file", (0, 0))
+    os.utime(cache / ".packing-link", (0, 0), follow_symlinks=False)
     check(packed(folder, cache, splits=("val",)).val, 12)
-    assert {path.name[:17] for path in cache.glob(".packing-*")} == {".packing-d-train-", ".packing-young"}
-    os.kill(living.pid, signal.SIGCONT)
-    assert living.result() == "unharmed"
     assert [path.name for path in cache.glob(".packing-*")] == [".packing-young"]
-
-
-def test_who_waited_for_one_that_failed_packs_itself(folder, tmp_path):
-    def fail(*args):
-        os.kill(os.getpid(), signal.SIGSTOP)
-        raise OSError(errno.EIO, "broken")
-
-    failing = Child(lambda: (setattr(data, "finish_store", fail), packed(folder, tmp_path / "c")))
-    os.waitpid(failing.pid, os.WUNTRACED)
-    waiting = Child(lambda: check_whole(packed(folder, tmp_path / "c")))
-    time.sleep(0.3)
-    assert not list((tmp_path / "c").glob("d-*"))  # it does wait
-    os.kill(failing.pid, signal.SIGCONT)
-    with pytest.raises(RuntimeError, match="cannot keep .*broken"):
-        failing.result()
-    waiting.result()
-    nothing_left(tmp_path / "c")
+    assert (folder / "train/a/0.png").exists()  # a link goes, not what it leads to
 
 
 def test_an_interrupted_packing_leaves_nothing(folder, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "finish_store", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         packed(folder, tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
@@ -719,14 +682,14 @@ def test_a_source_that_changed_since(folder, tmp_path):
 
 @pytest.mark.parametrize("change", ["rewritten", "removed"])
 def test_a_source_that_changes_while_it_is_packed(folder, tmp_path, monkeypatch, change):
-    decode, path = data.decode, folder / "train/a/3.png"
+    decode, path = store.decode, folder / "train/a/3.png"
 
     def decode_and_change(name, size):
         if name.endswith("train/c/5.png"):
             coloured(path, 0, 4) if change == "rewritten" else path.unlink()
         return decode(name, size)
 
-    monkeypatch.setattr(data, "decode", decode_and_change)
+    monkeypatch.setattr(store, "decode", decode_and_change)
     with pytest.raises(UsageError, match="train images changed while"):
         packed(folder, tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
@@ -753,16 +716,8 @@ def saved(value):
 
 def damages(tmp_path):
     """name -> what is done to a store"""
-    def flip(name, place):
-        def work(store):
-            content = bytearray((store / name).read_bytes())
-            content[int(place * (len(content) - 1))] ^= 0x10
-            (store / name).write_bytes(content)
-        return work
-
     def evil(store):
-        content = saved({"shape": [36, 8], "labels": Evil(tmp_path / "ran")})
-        (store / "meta.pt").write_bytes(content + hashlib.sha256(content).digest())
+        (store / "meta.pt").write_bytes(saved({"shape": [36, 8], "labels": Evil(tmp_path / "ran")}))
 
     def replace(store, make):
         shutil.rmtree(store)
@@ -775,7 +730,6 @@ def damages(tmp_path):
         "meta of something else": lambda store: torch.save({"model": torch.ones(3)}, store / "meta.pt"),
         "meta a folder": lambda store: ((store / "meta.pt").unlink(), (store / "meta.pt").mkdir()),
         "meta evil": evil,
-        **{f"meta flipped at {place}": flip("meta.pt", place) for place in (0, 0.04, 0.3, 0.5, 0.7, 0.9, 1)},
         "images cut": lambda store: os.truncate(store / "images.bin", 1000),
         "images longer": lambda store: os.truncate(store / "images.bin", 36 * 192 + 1),
         "images empty": lambda store: os.truncate(store / "images.bin", 0),
@@ -789,14 +743,14 @@ def damages(tmp_path):
 def test_a_damaged_store_is_built_anew(folder, tmp_path):
     cache = tmp_path / "c"
     check_whole(packed(folder, cache))
-    store = next(cache.glob("d-train-8-*"))
+    final = next(cache.glob("d-train-8-*"))
     for name, damage in damages(tmp_path).items():
-        damage(store)
-        assert data.open_store(store) is None, name
+        damage(final)
+        assert store.open_store(final) is None, name
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch remarks on odd files: nothing of it reaches the user
             check_whole(packed(folder, cache))
-        assert nothing_left(cache) and data.open_store(store) is not None, name
+        assert nothing_left(cache) and store.open_store(final) is not None, name
     assert not (tmp_path / "ran").exists()
     torch.load(io.BytesIO(saved(Evil(tmp_path / "ran"))), weights_only=False)
     assert (tmp_path / "ran").exists()  # loaded carelessly, it would have run: the trap works
@@ -831,15 +785,15 @@ def test_a_stdout_that_closes_is_no_fault_of_the_cache(folder, tmp_path, monkeyp
     def closed(*words, **kind):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(data, "print", closed, raising=False)
+    monkeypatch.setattr(store, "print", closed, raising=False)
     with pytest.raises(BrokenPipeError):
-        data.pack(data.open_source(folder), 16, cache=tmp_path / "cache")
+        pictures.pack(pictures.open_source(folder), 16, cache=tmp_path / "cache")
 
 
 def test_a_disk_that_others_fill_meanwhile(folder, tmp_path):
     with mounted(tmp_path / "disk", "size=2m") as disk:
         def work():
-            decode = data.decode
+            decode = store.decode
 
             def fill(path, size):
                 if path.endswith("a/3.png"):
@@ -848,7 +802,7 @@ def test_a_disk_that_others_fill_meanwhile(folder, tmp_path):
                             os.write(file.fileno(), bytes(4096))
                 return decode(path, size)
 
-            data.decode = fill
+            store.decode = fill
             return refusal(folder, disk / "c", size=100)
 
         text = Child(work).result()  # its space is taken at the start, or it would die here; that for labels is gone
@@ -914,10 +868,10 @@ def test_a_user_without_a_home(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("count, size, world", [(50, 8, 3), (50, 8, 4), (49, 16, 8), (17, 16, 4), (3, 8, 4)])
 def test_ranks_count_every_image_once(count, size, world, prefetch):
     images = torch.arange(count).byte().view(-1, 1, 1, 1).repeat(1, 3, 2, 2)
-    split = data.Split(images, torch.arange(count) % 3, torch.arange(count) + 0.5, [str(i) for i in range(count)])
+    split = pictures.Split(images, torch.arange(count) % 3, torch.arange(count) + 0.5, [str(i) for i in range(count)])
 
     def steps(rank, start=0, **options):
-        batches = data.Batches(split, size, seed=1, rank=rank, world=world, **options)
+        batches = pictures.Batches(split, size, seed=1, rank=rank, world=world, **options)
         batches.prefetch = prefetch
         found = list(batches.batches(4, start))
         assert len(found) == len(batches) - start  # every rank takes as many steps, or they would wait for ever
@@ -927,7 +881,7 @@ def test_ranks_count_every_image_once(count, size, world, prefetch):
         return [index.tolist() for *_, index in found]
 
     shares = [steps(rank, drop_last=False) for rank in range(world)]
-    alone = [index.tolist() for index in data.Batches(split, size, seed=1, drop_last=False).order(4).split(size)]
+    alone = [index.tolist() for index in pictures.Batches(split, size, seed=1, drop_last=False).order(4).split(size)]
     for step, batch in enumerate(alone):  # the ranks in order are the batch of one process
         assert sum((share[step] for share in shares), []) == batch
     assert sorted(sum(sum(shares, []), [])) == list(range(count))

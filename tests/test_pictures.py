@@ -1,4 +1,4 @@
-"""data.py: every source shape is recognised, every picture arrives right, every image counts once."""
+"""pictures: every source shape is recognised, every picture arrives right, every image counts once."""
 
 import io
 import os
@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import data
+import pictures
 from common import UsageError
+from pictures import sources, store, toy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +34,7 @@ def class_folders(folder, **counts):
 
 
 def packed(folder, cache, size=16, splits=("train", "val", "test"), holdout=0.1, **options):
-    return data.pack(data.open_source(folder, holdout=holdout), size, cache=cache, splits=splits, quiet=True,
+    return pictures.pack(pictures.open_source(folder, holdout=holdout), size, cache=cache, splits=splits, quiet=True,
                      **options)
 
 
@@ -54,7 +55,7 @@ def test_food11_of_2021(tmp_path):
     for i in range(5):
         picture(tmp_path / "f/training/unlabeled/00" / f"{i}.jpg")
         picture(tmp_path / "f/testing/00" / f"{i}.jpg")
-    source = data.open_source(tmp_path / "f")
+    source = pictures.open_source(tmp_path / "f")
     assert source.classes == ["00", "02", "10"] and source.kind == "photos" and source.name == "f"
     assert "2021" in " ".join(source.description) and all(len(line) <= 78 for line in source.description)
     assert "12 labelled, 5 unlabelled" in " ".join(source.description)
@@ -62,8 +63,8 @@ def test_food11_of_2021(tmp_path):
     assert d.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [-1] * 5
     assert d.val.labels.tolist() == [0, 1, 2]
     assert d.test.labels.tolist() == [-1] * 5  # the folder "00" of that test split is no class
-    assert data.labelled(d.train).images.data_ptr() == d.train.images.data_ptr()  # no copy
-    assert len(data.labelled(d.train)) == 12 == len(data.labelled(d.train).paths)
+    assert pictures.labelled(d.train).images.data_ptr() == d.train.images.data_ptr()  # no copy
+    assert len(pictures.labelled(d.train)) == 12 == len(pictures.labelled(d.train).paths)
 
 
 def test_food11_of_2022(tmp_path):
@@ -73,7 +74,7 @@ def test_food11_of_2022(tmp_path):
         picture(tmp_path / "validation" / f"{c}_0.jpg")
     for i in range(4):
         picture(tmp_path / "test" / f"000{i}.jpg")
-    source = data.open_source(tmp_path)
+    source = pictures.open_source(tmp_path)
     assert source.classes == ["0", "2", "10"] and "2022" in " ".join(source.description)  # 2 before 10
     d = packed(tmp_path, tmp_path / "c")
     number = {"0": 0, "2": 1, "10": 2}
@@ -103,23 +104,23 @@ def test_tree_without_validation_holds_out_of_training_only(tmp_path):
 
 def test_class_folders_without_a_split(tmp_path):
     class_folders(tmp_path, c1=1, c2=2, c10=30)
-    source = data.open_source(tmp_path)
+    source = pictures.open_source(tmp_path)
     assert source.classes == ["c1", "c2", "c10"] and "held out" in " ".join(source.description)
     train, val = source.splits["train"], source.splits["val"]
     assert [val.labels.count(c) for c in range(3)] == [0, 1, 3]  # one of two, none of one, a tenth of thirty
     assert not set(train.files) & set(val.files) and len(train.files) + len(val.files) == 33
     os.rename(tmp_path, tmp_path.with_name("moved"))
-    moved = data.open_source(tmp_path.with_name("moved")).splits["val"]
+    moved = pictures.open_source(tmp_path.with_name("moved")).splits["val"]
     assert [os.path.relpath(f, tmp_path.with_name("moved")) for f in moved.files] == [
         os.path.relpath(f, tmp_path) for f in val.files]
     os.rename(tmp_path.with_name("moved"), tmp_path)
-    none = data.open_source(tmp_path, holdout=0)
+    none = pictures.open_source(tmp_path, holdout=0)
     assert none.splits["val"] is None and len(none.splits["train"].files) == 33
 
 
 def test_a_picture_more_or_less_lets_one_other_change_sides_at_most(tmp_path):
     def sides():
-        splits = data.open_source(tmp_path).splits
+        splits = pictures.open_source(tmp_path).splits
         assert not {*splits["train"].files} & {*splits["val"].files}
         return {*splits["val"].files}
 
@@ -137,14 +138,14 @@ def test_a_picture_more_or_less_lets_one_other_change_sides_at_most(tmp_path):
         before = after
     assert max(changes) == 1
     labels, names = [i % 10 for i in range(50_000)], [f"cifar10/train/{i}" for i in range(50_000)]
-    mask = data.hold_out(labels, names, 0.1)
+    mask = sources.hold_out(labels, names, 0.1)
     assert torch.tensor(labels)[mask].bincount().tolist() == [500] * 10
     assert mask.nonzero().flatten().tolist() != list(range(5_000))
 
 
 def splits_of(folder):
     """{split: its class names, None among them for unlabelled images}"""
-    source = data.open_source(folder, holdout=0)
+    source = pictures.open_source(folder, holdout=0)
     return {split: {None if label < 0 else source.classes[label] for label in items.labels}
             for split, items in source.splits.items() if items}
 
@@ -208,7 +209,7 @@ def test_two_readings_are_refused(tmp_path, folders, words):
         for i in range(3):
             picture(tmp_path / name / f"{i}.png")
     with pytest.raises(UsageError) as error:
-        data.open_source(tmp_path)
+        pictures.open_source(tmp_path)
     assert words in line_of(error) and "supported layouts" in str(error.value)
 
 
@@ -231,9 +232,9 @@ def test_the_classes_of_food11_have_names(tmp_path, make):
             for i in range(2):
                 picture(tmp_path / make(split, c, i))
     picture(tmp_path / "training/unlabeled/0.jpg") if "labeled" in make("training", 0, 0) else None
-    assert data.open_source(tmp_path).classes == data.FOOD11
+    assert pictures.open_source(tmp_path).classes == pictures.FOOD11
     (tmp_path / "classes.txt").write_text("\n".join("abcdefghijk") + "\n", encoding="utf-8-sig")
-    assert data.open_source(tmp_path).classes == list("abcdefghijk")
+    assert pictures.open_source(tmp_path).classes == list("abcdefghijk")
 
 
 def test_names_from_classes_txt(tmp_path):
@@ -241,7 +242,7 @@ def test_names_from_classes_txt(tmp_path):
     for text, classes in (("ant\r\nbee\r\ncow\r\n", ["ant", "bee", "cow"]), ("c10\nc1\nc2", ["c1", "c2", "c10"]),
                           ("ant\nbee", ["c1", "c2", "c10"]), ("ant\nbee\nbee", ["c1", "c2", "c10"])):
         (tmp_path / "classes.txt").write_text(text)
-        source = data.open_source(tmp_path)
+        source = pictures.open_source(tmp_path)
         assert source.classes == classes
         assert ("classes.txt: 2 names for 3 classes" in " ".join(source.description)) == ("c1" not in text
                                                                                            and classes[0] == "c1")
@@ -256,14 +257,14 @@ def test_class_names_in_two_forms_of_unicode_are_one(tmp_path):
     picture(tmp_path / "val/KÄSE/0.png")
     os.rename(tmp_path / "gone", tmp_path / "val/.gone")
     with pytest.raises(UsageError, match='"Käse" differs from it in case'):
-        data.open_source(tmp_path)
+        pictures.open_source(tmp_path)
 
 
 def test_a_class_of_the_test_split_alone_matters_where_that_is_asked_for(tmp_path):
     class_folders(tmp_path / "train", a=2, b=2)
     class_folders(tmp_path / "test", a=2, unknown=2)
     assert packed(tmp_path, tmp_path / "c", splits=("train", "val")).test is None
-    assert 'class "unknown" of the test split' in " ".join(" ".join(data.open_source(tmp_path).description).split())
+    assert 'class "unknown" of the test split' in " ".join(" ".join(pictures.open_source(tmp_path).description).split())
     with pytest.raises(UsageError, match='class "unknown" of the test split has no training images'):
         packed(tmp_path, tmp_path / "c")
 
@@ -275,7 +276,7 @@ def test_loose_images_in_one_more_folder_and_what_is_ignored(tmp_path):
     picture(tmp_path / "inner/.hidden.png")
     picture(tmp_path / "__MACOSX/x.png")
     (tmp_path / "inner/notes.txt").write_text("no image")
-    source = data.open_source(tmp_path)
+    source = pictures.open_source(tmp_path)
     text = " ".join(" ".join(source.description).split())
     assert source.classes == [] and source.splits["train"].labels == [-1] * 6 and source.splits["val"] is None
     assert "no labels" in text and "1 file that is no image" in text
@@ -287,7 +288,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     class_folders(tmp_path / "d", dog=2)
     (tmp_path / "d/cat").symlink_to(tmp_path / "elsewhere/cat", target_is_directory=True)
     (tmp_path / "d/dog/again").symlink_to(tmp_path / "d/dog", target_is_directory=True)
-    source = data.open_source(tmp_path / "d", holdout=0)
+    source = pictures.open_source(tmp_path / "d", holdout=0)
     assert source.splits["train"].labels == [0, 0, 1, 1]
 
 
@@ -301,7 +302,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_folders_that_cannot_be_understood(tmp_path, make, words):
     make(tmp_path)
     with pytest.raises(UsageError) as error:
-        data.open_source(tmp_path)
+        pictures.open_source(tmp_path)
     assert words in line_of(error) and str(tmp_path) in str(error.value)
 
 
@@ -309,21 +310,21 @@ def test_names_and_paths_that_lead_nowhere(tmp_path):
     for name, words in ((f"{tmp_path}/none", "folder not found"), ("cifar11", "stl10, imagenette, food101"),
                         (str(picture(tmp_path / "a.png")), "is a file")):
         with pytest.raises(UsageError, match=words):
-            data.open_source(name)
-    for name in data.NAMED_DATA[1:]:
+            pictures.open_source(name)
+    for name in pictures.NAMED_DATA[1:]:
         with pytest.raises(UsageError) as error:
-            data.open_source(name, root=tmp_path)
+            pictures.open_source(name, root=tmp_path)
         assert "--download" in line_of(error) and "--data-root" in str(error.value)
         assert str(tmp_path) in str(error.value)
     with pytest.raises(UsageError, match="--holdout"):
-        data.open_source("toy", holdout=1.0)
+        pictures.open_source("toy", holdout=1.0)
 
 
 # ---- pixels ------------------------------------------------------------------------------------
 
 
 def pixel(path, size=8):
-    pixels, aspect = data.decode(path, size)
+    pixels, aspect = pictures.decode(path, size)
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, size, size)
     return pixels[:, size // 2, size // 2].tolist(), aspect
 
@@ -384,7 +385,7 @@ def test_deep_grey_of_fewer_bits_than_its_file_has(tmp_path, capsys):
         picture(tmp_path / f"light/{i}.png", 40000, mode="I;16")
     for name in ("dark", "light"):
         for _ in range(2):  # packed, and found again
-            data.pack(data.open_source(tmp_path / name), 8, tmp_path / "c")
+            pictures.pack(pictures.open_source(tmp_path / name), 8, tmp_path / "c")
             assert ("most train pictures are nearly black" in capsys.readouterr().out) == (name == "dark")
 
 
@@ -395,7 +396,7 @@ def test_a_long_text_in_a_png_is_no_bomb(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text("k", "x" * (65 << 20), zip=True)
     with pytest.raises(ValueError):
-        data.decode(picture(tmp_path / "y.png", pnginfo=text), 8)
+        pictures.decode(picture(tmp_path / "y.png", pnginfo=text), 8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -414,7 +415,7 @@ def test_exif_orientation(tmp_path, orientation, ending):
         warnings.simplefilter("ignore")
         from PIL import ImageOps
         upright = ImageOps.exif_transpose(Image.open(tmp_path / f"x.{ending}"))
-    pixels, aspect = data.decode(tmp_path / f"x.{ending}", 16)
+    pixels, aspect = pictures.decode(tmp_path / f"x.{ending}", 16)
     assert aspect == upright.width / upright.height == (2 if orientation < 5 else 0.5)
     for v in (4, 12):
         for u in (4, 12):
@@ -429,14 +430,14 @@ def test_scaled_decoding_is_close_to_decoding_whole(tmp_path):
     image.resize((600, 480)).save(tmp_path / "r.jpg", quality=95)
     whole = Image.open(tmp_path / "r.jpg").resize((64, 64), Image.Resampling.BILINEAR)
     whole = torch.tensor(list(whole.tobytes())).view(64, 64, 3).permute(2, 0, 1)
-    pixels, aspect = data.decode(tmp_path / "r.jpg", 64)
+    pixels, aspect = pictures.decode(tmp_path / "r.jpg", 64)
     assert (pixels.int() - whole).abs().float().mean() < 1.5 and aspect == 600 / 480
 
 
 def test_image_of_the_wanted_size_is_kept_byte_by_byte(tmp_path):
     noise = bytes(torch.randint(256, (32 * 32 * 3,)).tolist())
     Image.frombytes("RGB", (32, 32), noise).save(tmp_path / "n.png")
-    assert bytes(data.decode(tmp_path / "n.png", 32)[0].permute(1, 2, 0).flatten().tolist()) == noise
+    assert bytes(pictures.decode(tmp_path / "n.png", 32)[0].permute(1, 2, 0).flatten().tolist()) == noise
 
 
 # ---- the store ---------------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def forbid(monkeypatch):
     def no_decoding(path, size):
         raise AssertionError("decoded although the store is there")
 
-    monkeypatch.setattr(data, "decode", no_decoding)
+    monkeypatch.setattr(store, "decode", no_decoding)
 
 
 def test_second_pack_decodes_nothing(folder, tmp_path, monkeypatch):
@@ -519,7 +520,7 @@ def test_the_loser_of_a_race_uses_the_winners_store(folder, tmp_path):
     late = tmp_path / "c" / ".packing-late"  # of a second process, about to rename
     late.mkdir()
     (late / "meta.pt").write_text("the loser's")
-    assert len(data.publish(late, final)) == 36 and late.exists()
+    assert len(store.publish(late, final)) == 36 and late.exists()
 
 
 def test_only_the_splits_asked_for_are_read(tmp_path):
@@ -547,8 +548,8 @@ def test_unreadable_files_stop_or_are_left_out(folder, tmp_path, capsys, monkeyp
     listing = (tmp_path / "c/d-unreadable.txt").read_text()
     assert f"{folder}/a/1.png\tno image\n" in listing and len(listing.splitlines()) == 4
     for _ in range(2):  # packed, and found again
-        source = data.open_source(folder, holdout=0)
-        train = data.pack(source, 16, cache=tmp_path / "c", skip_unreadable=True).train
+        source = pictures.open_source(folder, holdout=0)
+        train = pictures.pack(source, 16, cache=tmp_path / "c", skip_unreadable=True).train
         assert "left out 4" in capsys.readouterr().out
         assert len(train) == train.images.shape[0] == 38 and train.labels.bincount().tolist() == [18, 20]
         for i, path in enumerate(train.paths):
@@ -560,7 +561,7 @@ def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--cache"):
         packed(folder, tmp_path / "file/c")
     full = type("usage", (), {"free": 10})
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: full)
     with pytest.raises(UsageError, match="--cache"):
         packed(folder, tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
@@ -570,27 +571,27 @@ def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return data.pack(data.open_source("toy"), 32, cache=tmp_path_factory.mktemp("toy"), quiet=True,
+def drawn(tmp_path_factory):
+    return pictures.pack(pictures.open_source("toy"), 32, cache=tmp_path_factory.mktemp("toy"), quiet=True,
                      splits=("train", "val", "test"))
 
 
-def test_toy(toy, tmp_path):
-    assert [len(s) for s in (toy.train, toy.val, toy.test)] == [4000, 1000, 1000] and toy.kind == "toy"
-    for split in (toy.train, toy.val, toy.test):
+def test_toy(drawn, tmp_path):
+    assert [len(s) for s in (drawn.train, drawn.val, drawn.test)] == [4000, 1000, 1000] and drawn.kind == "toy"
+    for split in (drawn.train, drawn.val, drawn.test):
         assert split.labels.bincount().tolist() == [len(split) // 10] * 10
         assert split.images[:, 0].equal(split.images[:, 1]) and split.images[:, 0].equal(split.images[:, 2])
-    again = torch.cat(list(data.draw_toy("val", 32)))
-    assert again.equal(toy.val.images) and not again.equal(toy.test.images)
+    again = torch.cat(list(toy.draw_toy("val", 32)))
+    assert again.equal(drawn.val.images) and not again.equal(drawn.test.images)
     # The same geometry at another size: shrunk, it is the small one but for noise and edges.
-    large = torch.nn.functional.avg_pool2d(next(data.draw_toy("val", 64))[:20].float(), 2)
+    large = torch.nn.functional.avg_pool2d(next(toy.draw_toy("val", 64))[:20].float(), 2)
     assert (large - again[:20].float()).abs().mean() < 12
     # Neither trivial nor hopeless: nearest class mean of the pixels is above chance and far from solving it.
-    x, y = toy.train.images[:, 0].flatten(1).float(), toy.train.labels
+    x, y = drawn.train.images[:, 0].flatten(1).float(), drawn.train.labels
     means = torch.stack([(x[y == c] - x[y == c].mean(1, keepdim=True)).abs().mean(0) for c in range(10)])
-    q = toy.val.images[:, 0].flatten(1).float()
+    q = drawn.val.images[:, 0].flatten(1).float()
     q = (q - q.mean(1, keepdim=True)).abs()
-    accuracy = (torch.cdist(q, means).argmin(1) == toy.val.labels).float().mean()
+    accuracy = (torch.cdist(q, means).argmin(1) == drawn.val.labels).float().mean()
     assert 0.12 < accuracy < 0.75, accuracy
 
 
@@ -599,7 +600,7 @@ def test_real_cifar10_comes_out_byte_by_byte(tmp_path):
     if not (root / "cifar-10-batches-py").is_dir():
         pytest.skip("no ../shared/cifar-10-batches-py beside the repository")
     from torchvision.datasets import CIFAR10
-    d = data.pack(data.open_source("cifar10", root=root), 32, tmp_path, ("val", "test"), quiet=True)
+    d = pictures.pack(pictures.open_source("cifar10", root=root), 32, tmp_path, ("val", "test"), quiet=True)
     truth = CIFAR10(root, train=False)
     assert d.test.images.permute(0, 2, 3, 1).equal(torch.from_numpy(truth.data))
     assert d.test.labels.tolist() == truth.targets and d.classes == truth.classes and d.kind == "cifar"
@@ -607,7 +608,7 @@ def test_real_cifar10_comes_out_byte_by_byte(tmp_path):
     truth = CIFAR10(root)
     rows = [int(p.split("/")[-1]) for p in d.val.paths]
     assert d.val.images.permute(0, 2, 3, 1).equal(torch.from_numpy(truth.data[rows]))
-    assert data.open_source(root / "cifar-10-batches-py").name == "cifar10"
+    assert pictures.open_source(root / "cifar-10-batches-py").name == "cifar10"
 
 
 def fake_stl10(root):
@@ -624,7 +625,7 @@ def fake_stl10(root):
 
 def test_stl10(tmp_path):
     fake_stl10(tmp_path)
-    d = data.pack(data.open_source("stl10", root=tmp_path), 96, tmp_path / "c", ("train", "val", "test"), True)
+    d = pictures.pack(pictures.open_source("stl10", root=tmp_path), 96, tmp_path / "c", ("train", "val", "test"), True)
     assert (d.kind, len(d.train), len(d.val), len(d.test)) == ("stl10", 15, 10, 4)
     assert (d.train.labels < 0).tolist() == [False] * 10 + [True] * 5
     for split in (d.train, d.val, d.test):
@@ -634,7 +635,7 @@ def test_stl10(tmp_path):
             assert split.labels[i] == (-1 if "unlabeled" in path else row % 10)
     os.truncate(tmp_path / "stl10_binary/train_X.bin", 1000)
     with pytest.raises(UsageError, match="--download"):
-        data.open_source("stl10", root=tmp_path)
+        pictures.open_source("stl10", root=tmp_path)
 
 
 def test_pickles_with_code_are_refused(tmp_path):
@@ -642,7 +643,7 @@ def test_pickles_with_code_are_refused(tmp_path):
     (tmp_path / "cifar-10-batches-py/batches.meta").write_bytes(b"cos\nsystem\n(S'touch %s/ran'\ntR." %
                                                                 str(tmp_path).encode())
     with pytest.raises(UsageError, match="damaged"):
-        data.open_source(tmp_path)
+        pictures.open_source(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -651,7 +652,7 @@ def test_pickles_with_code_are_refused(tmp_path):
 
 def split_of(count):
     images = torch.arange(count).view(-1, 1, 1, 1).expand(count, 3, 2, 2).to(torch.uint8).clone()
-    return data.Split(images, torch.arange(count) % 3 - 1, torch.arange(count).float() + 0.5,
+    return pictures.Split(images, torch.arange(count) % 3 - 1, torch.arange(count).float() + 0.5,
                       [str(i) for i in range(count)])
 
 
@@ -666,7 +667,7 @@ def indices(batches, epoch=0, start=0):
 
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_an_epoch_shows_every_image_once(prefetch):
-    batches = data.Batches(split_of(50), 8, drop_last=False)
+    batches = pictures.Batches(split_of(50), 8, drop_last=False)
     batches.prefetch = prefetch
     first = indices(batches)
     assert sorted(sum(first, [])) == list(range(50)) and [len(b) for b in first] == [8] * 6 + [2]
@@ -674,41 +675,41 @@ def test_an_epoch_shows_every_image_once(prefetch):
     assert first == indices(batches) != indices(batches, epoch=1)
     assert indices(batches, epoch=1, start=3) == indices(batches, epoch=1)[3:]  # a resume from the middle
     assert indices(batches, start=7) == []
-    other, next_epoch = data.Batches(split_of(50), 8, seed=1, drop_last=False), indices(batches, epoch=1)
+    other, next_epoch = pictures.Batches(split_of(50), 8, seed=1, drop_last=False), indices(batches, epoch=1)
     assert indices(other) != first and indices(other) != next_epoch
 
 
 def test_short_batches_are_dropped_in_training_only():
-    training, evaluation = data.Batches(split_of(50), 8), data.Batches(split_of(50), 8, shuffle=False,
+    training, evaluation = pictures.Batches(split_of(50), 8), pictures.Batches(split_of(50), 8, shuffle=False,
                                                                        drop_last=False)
     assert [len(b) for b in indices(training)] == [8] * 6 and len(training) == 6
     assert sum(indices(evaluation), []) == list(range(50))
 
 
 def test_ranks_share_each_batch():
-    whole = indices(data.Batches(split_of(50), 8), epoch=2)
-    shares = [indices(data.Batches(split_of(50), 8, rank=r, world=4), epoch=2) for r in range(4)]
+    whole = indices(pictures.Batches(split_of(50), 8), epoch=2)
+    shares = [indices(pictures.Batches(split_of(50), 8, rank=r, world=4), epoch=2) for r in range(4)]
     for step, batch in enumerate(whole):
         assert sum((share[step] for share in shares), []) == batch
         assert [len(share[step]) for share in shares] == [2] * 4
-    last = [indices(data.Batches(split_of(49), 8, shuffle=False, drop_last=False, rank=r, world=2))
+    last = [indices(pictures.Batches(split_of(49), 8, shuffle=False, drop_last=False, rank=r, world=2))
             for r in range(2)]
     assert sorted(sum(last[0] + last[1], [])) == list(range(49)) and len(last[0]) == len(last[1]) == 7
 
 
 def test_batch_sizes_that_cannot_work():
     with pytest.raises(UsageError, match="--batch-size 64.* 50 images"):
-        data.Batches(split_of(50), 64)
-    assert [len(b) for b in indices(data.Batches(split_of(50), 64, drop_last=False))] == [50]
+        pictures.Batches(split_of(50), 64)
+    assert [len(b) for b in indices(pictures.Batches(split_of(50), 64, drop_last=False))] == [50]
     with pytest.raises(UsageError, match="--batch-size"):
-        data.Batches(split_of(50), 10, world=4)
+        pictures.Batches(split_of(50), 10, world=4)
     with pytest.raises(UsageError, match="--batch-size"):
-        data.Batches(split_of(50), 0)
+        pictures.Batches(split_of(50), 0)
 
 
 def test_the_prefetching_thread_ends_and_its_errors_are_raised(monkeypatch):
     before = threading.active_count()
-    batches = data.Batches(split_of(200), 4)
+    batches = pictures.Batches(split_of(200), 4)
     batches.prefetch = True
     running = batches.batches(0)
     next(running)
@@ -732,10 +733,10 @@ def test_the_prefetching_thread_ends_and_its_errors_are_raised(monkeypatch):
 def test_images_are_held_where_they_fit(monkeypatch):
     # The meta device stands for an accelerator: what is on it has no bytes, but shape and device.
     split, device = split_of(50), torch.device("meta")
-    monkeypatch.setattr(data, "free_memory", lambda device: split.images.numel() / 0.4 - 10)
-    assert not data.Batches(split, 8, device).hold() and not split.held
-    monkeypatch.setattr(data, "free_memory", lambda device: split.images.numel() / 0.4 + 10)
-    images, aspect, labels, index = next(data.Batches(split, 8, device).batches(0))
+    monkeypatch.setattr("pictures.batches.free_memory", lambda device: split.images.numel() / 0.4 - 10)
+    assert not pictures.Batches(split, 8, device).hold() and not split.held
+    monkeypatch.setattr("pictures.batches.free_memory", lambda device: split.images.numel() / 0.4 + 10)
+    images, aspect, labels, index = next(pictures.Batches(split, 8, device).batches(0))
     assert images.device == labels.device == device and aspect.device.type == index.device.type == "cpu"
     assert images.shape == (8, 3, 2, 2) and split.held[device].shape == split.images.shape
 
@@ -743,8 +744,8 @@ def test_images_are_held_where_they_fit(monkeypatch):
 def test_labelled_is_a_view_and_refuses_a_wrong_order():
     split = split_of(6)
     with pytest.raises(ValueError):
-        data.labelled(split)
+        pictures.labelled(split)
     split.labels = torch.tensor([2, 0, 1, -1, -1, -1])
-    part = data.labelled(split)
+    part = pictures.labelled(split)
     assert len(part) == 3 and part.labels.tolist() == [2, 0, 1] and part.paths == ["0", "1", "2"]
     assert part.images.data_ptr() == split.images.data_ptr()

@@ -1,0 +1,31 @@
+"""Any image source -> one packed uint8 tensor per split, and batches from it.
+
+    source  = pictures.open_source("./food-11")         recognise: fast, reads no picture
+    dataset = pictures.pack(source, size=128)           decode everything once; milliseconds the next time
+    batches = pictures.Batches(dataset.train, 256, device)
+    for images, aspect, labels, index in batches.batches(epoch):  ...
+
+Sources     "toy" (drawn here), cifar10, cifar100, stl10, imagenette, food101 (torchvision), or a folder
+            recognised by its shape: train/val/test folders of class folders (also food-11 as published
+            in 2021 and 2022), class folders without a split, loose images, unpacked CIFAR batches.
+Packed      images (N, 3, S, S) uint8, memory-mapped from the cache folder. Every picture is squashed to
+            S x S and remembers its width/height in `aspect`, so that a crop can be drawn in the original
+            geometry and no side of the picture is lost. Labelled images come first.
+Unreadable  pictures, of whatever kind, stop the program before training: one line, and a file that lists
+            them all with the reasons. With --skip-unreadable they are left out, counted and listed.
+Label       the position of the class in `classes`; -1 = unlabelled.
+"""
+
+from .batches import Batches, Split, labelled
+from .decoding import decode, one_line
+from .folders import Folder, foreign_pictures, no_images
+from .named import NAMED_DATA, open_source
+from .sources import FOOD11, STATISTICS, Items, Source, lines_of
+from .store import Dataset, pack, usable_cores
+from .toy import TOY_COUNT
+
+__all__ = [
+    "Batches", "Dataset", "FOOD11", "Folder", "Items", "NAMED_DATA", "STATISTICS", "Source", "Split", "TOY_COUNT",
+    "decode", "foreign_pictures", "labelled", "lines_of", "no_images", "one_line", "open_source", "pack",
+    "usable_cores",
+]

@@ -1,0 +1,152 @@
+"""One packed split and batches of it on any device, in an order that (seed, epoch) alone decides."""
+
+import hashlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from common import UsageError
+
+
+@dataclass
+class Split:
+    """One packed split; row i of everything is the same image."""
+
+    images: torch.Tensor              # (N, 3, S, S) uint8, memory-mapped: do not write to it
+    labels: torch.Tensor              # (N,) int64, -1 = unlabelled; the labelled ones come first
+    aspect: torch.Tensor              # (N,) float32, width/height of the original
+    paths: list                       # the file, or e.g. "cifar10/train/17"
+    skipped: list = field(default_factory=list)  # left out: (file, why, whether the system refused to read it)
+    held: dict = field(default_factory=dict, repr=False)  # device -> the images there, shared by Batches
+
+    def __len__(self):
+        return len(self.images)
+
+
+def labelled(split):
+    """The labelled images of a split. They come first, so this is a view, not a copy."""
+    count = int((split.labels >= 0).sum())
+    if not bool((split.labels[:count] >= 0).all()):
+        raise ValueError("labelled images must come before unlabelled ones")
+    return Split(split.images[:count], split.labels[:count], split.aspect[:count], split.paths[:count],
+                 held=split.held)  # what is on the device already serves both
+
+
+class Batches:
+    """Batches of a split, on a device.
+
+    split       Split.
+    batch_size  images of one step, over all ranks.
+    shuffle     a new order every epoch, a function of (seed, epoch) alone: nothing to save for a resume.
+    drop_last   leave out the last, short batch. For training only; an evaluation counts every image.
+    rank, world this process yields part `rank` of `world` of every batch (of a short one perhaps nothing).
+    raises      UsageError if there is not one whole batch, or if it cannot be shared equally.
+    """
+
+    def __init__(self, split, batch_size, device="cpu", seed=0, shuffle=True, drop_last=True, rank=0, world=1):
+        if batch_size < 1:
+            raise UsageError(f"--batch-size {batch_size}: must be at least 1")
+        if drop_last and batch_size > len(split):
+            raise UsageError(f"--batch-size {batch_size}: there are only {len(split)} images, not one step "
+                             f"an epoch; choose at most {len(split)}")
+        if drop_last and batch_size % world:
+            raise UsageError(f"--batch-size {batch_size}: must be a multiple of the {world} processes")
+        self.split, self.batch_size, self.device = split, batch_size, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # a thread has its own current device
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.seed, self.shuffle, self.drop_last, self.rank, self.world = seed, shuffle, drop_last, rank, world
+        self.prefetch = None  # True or False overrides the choice of `batches`
+
+    def __len__(self):
+        """Steps per epoch."""
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def order(self, epoch):
+        """(N,) int64: the rows in the order of this epoch."""
+        if not self.shuffle:
+            return torch.arange(len(self.split))
+        # The seed of (seed, epoch) is hashed, or epoch 1 of seed 0 would be epoch 0 of seed 1.
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randperm(len(self.split), generator=generator)
+
+    def batches(self, epoch, start=0):
+        """Yields from step `start` of the epoch on:
+
+        images (n, 3, S, S) uint8 and labels (n,) int64 on the device,
+        aspect (n,) float32 and index (n,) int64, the rows of the split, on the host.
+        """
+        steps = self.order(epoch).split(self.batch_size)[start : len(self)]
+        if not steps:
+            return
+        rows = [step.tensor_split(self.world)[self.rank] for step in steps]
+        rows_there = torch.cat(rows).to(self.device).split([len(r) for r in rows])  # one transfer per epoch
+        labels = self.split.labels.to(self.device)
+        prefetch = self.prefetch
+        if prefetch is None:
+            prefetch = self.device.type != "cpu" and not self.hold()
+        if prefetch:
+            pixels = prefetched(self.split.images, rows, self.device)
+        else:
+            images = self.split.images if self.device.type == "cpu" else self.split.held[self.device]
+            pixels = (images.index_select(0, index) for index in rows_there)
+        try:
+            for index, there, x in zip(rows, rows_there, pixels, strict=True):
+                yield x, self.split.aspect[index], labels[there], index
+        finally:
+            pixels.close()  # ends the thread when the consumer stops early
+
+    def hold(self):
+        """Puts the images on the device if they fit comfortably; says whether they are there."""
+        images, held = self.split.images, self.split.held
+        there = held.get(self.device)
+        if there is None or len(there) < len(images):
+            if images.numel() > 0.4 * free_memory(self.device):
+                return False
+            held[self.device] = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
+            for a in range(0, len(images), 4096):
+                held[self.device][a : a + 4096] = images[a : a + 4096].to(self.device)
+        return True
+
+
+def free_memory(device):
+    """Bytes; 0 where the device does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return 0
+
+
+def prefetched(images, rows, device):
+    """Yields images[index] on the device for each index of `rows`; a thread works up to three batches ahead.
+
+    On CUDA the copies run on a stream of their own, beside the computation.
+    """
+    cuda = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if cuda else None
+
+    def prepare():
+        if cuda:
+            torch.cuda.set_device(device)  # a new thread starts on device 0
+
+    def fetch(index):
+        host = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
+        torch.index_select(images, 0, index, out=host)
+        with torch.cuda.stream(stream):  # does nothing for None
+            x = host.to(device, non_blocking=cuda)
+            return x, stream.record_event() if cuda else None
+
+    with ThreadPoolExecutor(1, initializer=prepare) as thread:
+        ahead = deque(thread.submit(fetch, index) for index in rows[:3])
+        for step in range(len(rows)):
+            x, copied = ahead.popleft().result()
+            if step + 3 < len(rows):
+                ahead.append(thread.submit(fetch, rows[step + 3]))
+            if cuda:
+                torch.cuda.current_stream(device).wait_event(copied)
+                x.record_stream(torch.cuda.current_stream(device))  # not to be reused while we compute on it
+            yield x
