@@ -87,8 +87,9 @@ def make_monitor(dataset, k=200, said=None, **flags):
     """Monitor of a run that is before its first step; what the run says goes into the list `said`."""
     args = types.SimpleNamespace(**dict(knn_split="val", knn_every=1, knn_k=k, knn_t=0.1) | flags)
     say = (said if said is not None else []).append
-    run = dict(args=args, dataset=dataset, device=torch.device("cpu"), autocast=no_autocast, epoch=0, last=False, say=say)
-    return knn.Monitor(types.SimpleNamespace(**run))
+    run = types.SimpleNamespace(args=args, dataset=dataset, device=torch.device("cpu"), autocast=no_autocast, say=say)
+    run.epoch, run.last = 0, False
+    return knn.Monitor(run)
 
 
 def test_every_image_counts_once_and_in_order():
