@@ -17,8 +17,8 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
-import data
 import knn
+import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR = ROOT.parent / "shared" / "cifar-10-batches-py"
@@ -131,7 +131,7 @@ def test_from_pictures_to_answers(run, food, tmp_path):
     answers = json.loads(run("predict.py", "--checkpoint", "finetune", "food-11/testing", "--json", "--amp",
                              "off").stdout)
     for answer in answers:  # torchvision's network on our view of the file gives our probabilities
-        pixels, aspect = data.decode(tmp_path / answer["file"], about["image_size"])
+        pixels, aspect = pictures.decode(tmp_path / answer["file"], about["image_size"])
         x = knn.evaluation_view(pixels[None], torch.tensor([aspect]), about["image_size"], about["mean"], about["std"])
         theirs = net.eval()(x).softmax(dim=1)[0]
         assert theirs[answer["class_index"]].item() == pytest.approx(answer["probability"], abs=1e-4)
@@ -161,6 +161,8 @@ def test_a_copied_method_runs(run, food, tmp_path):
     """Fork one file: copy it beside the others under another name, or elsewhere with them on the path."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
+    for package in ("harness", "pictures"):
+        shutil.copytree(ROOT / package, tmp_path / package)
     (tmp_path / "simsiam.py").rename(tmp_path / "mine.py")
     out = run(tmp_path / "mine.py", "--data", food, *TINY, "--max-steps", "2", "--out", "run").stdout
     assert "epoch 1/1" in out and (tmp_path / "run/last.pt").exists()
