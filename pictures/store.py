@@ -9,8 +9,8 @@ import shutil
 import time
 import uuid
 import warnings
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from .sources import SPLITS
 FORMAT = 2  # of a packed store; raise it when the same source would give other bytes
 
 # What `pack` gives. A split that the source lacks, or that was not asked for, is None; the others are of class Split.
-Dataset = namedtuple("Dataset", "train val test classes mean std size name kind")
+Dataset = make_dataclass("Dataset", "train val test classes mean std size name kind".split())
 
 
 def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_unreadable=False, workers=None):
