@@ -1,7 +1,7 @@
 """How fast is it, against peers in the same run?        python bench/run.py [--quick] [--only views knn] [--json FILE]
 
     views      views per second of SimSiam's recipe on one core: augment.py against torchvision on decoded PIL images
-    packing    images per second from 512-px JPEGs for 128-px training on one core: data.py against decoding whole
+    packing    images per second from 512-px JPEGs for 128-px training on one core: pictures against decoding whole
     losses     NT-Xent and InfoNCE, forward and backward, with peak memory, N = 256 to 4096 (InfoNCE on a CPU: 1024)
     knn        10,000 queries x 50,000 images x 512 features, k 200, against the bare product of matrices
     optimizer  a step of SGD and of LARS, and MoCo's moving average, for ResNet-18
@@ -42,9 +42,9 @@ from torchvision.io import write_jpeg  # noqa: E402
 
 import augment  # noqa: E402
 import common  # noqa: E402
-import data  # noqa: E402
 import knn  # noqa: E402
 import moco  # noqa: E402
+import pictures  # noqa: E402
 import rotnet  # noqa: E402
 import simclr  # noqa: E402
 import simsiam  # noqa: E402
@@ -198,7 +198,7 @@ def draw_jpegs(folder, count, side, finest):
 
 def packed(folder, size):
     with tempfile.TemporaryDirectory() as cache:
-        data.pack(data.open_source(folder), size, cache=cache, quiet=True, workers=1)
+        pictures.pack(pictures.open_source(folder), size, cache=cache, quiet=True, workers=1)
 
 
 def decoded_whole(folder, size):
@@ -366,7 +366,7 @@ def seconds_of_a_step(module, flags, warm, steps, device):
 
 def measure_training(report, rounds, device, size=32, batch=64, width=16, stem="cifar", steps=20, compile=False):
     warm, autocast = 5, common.pick_precision("auto", device)[0]
-    data.TOY_COUNT["train"] = batch * (warm + steps)  # one epoch: no pause in between
+    pictures.TOY_COUNT["train"] = batch * (warm + steps)  # one epoch: no pause in between
     with tempfile.TemporaryDirectory() as folder:
         for method, module in {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}.items():
             flags = ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width, "--stem", stem,
