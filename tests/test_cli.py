@@ -121,7 +121,7 @@ def test_from_pictures_to_answers(run, food, tmp_path):
 
     if importlib.util.find_spec("matplotlib"):
         out = run("plot.py", "finetune", "from-scratch", "--out", "curves.png").stdout
-        assert "fine-tuned simsiam; from scratch" in out and Image.open(tmp_path / "curves.png").width > 500
+        assert "linear finetune; linear from-scratch" in out and Image.open(tmp_path / "curves.png").width > 500
 
     run("export.py", "finetune", "net.pth")
     about = json.loads((tmp_path / "net.json").read_text())

@@ -139,8 +139,8 @@ def test_wrong_uses_end_in_one_clear_line_and_change_nothing(tiny, tmp_path, cap
         (["run", "net.json"], "net.json: must end in .pth"),
         (["run", "there.pth"], "there.pth: exists"),
         (["run", "about.pth"], "about.json: exists"),
-        (["run", "nowhere/net.pth"], "nowhere/net.pth: cannot be written"),
-        (["run", "folder.pth", "--force"], "folder.pth: cannot be written"),
+        (["run", "nowhere/net.pth"], "nowhere/net.pth: cannot write"),
+        (["run", "folder.pth", "--force"], "folder.pth: cannot write"),
         (["run/last.pt", "run/copy.pth", "--force"], "the checkpoint itself"),
     ]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -150,6 +150,20 @@ def test_wrong_uses_end_in_one_clear_line_and_change_nothing(tiny, tmp_path, cap
         err = capsys.readouterr().err
         assert end.value.code == 2 and len(err.splitlines()) == 1 and words in err, (flags, err)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("backbone, stem, width", [
+    (common.ResNet18(width=4), "cifar", 8), (common.ResNet18(width=64), "imagenet", 64),
+    (torchvision.models.resnet34(num_classes=2), "imagenet", 64), (torch.nn.Linear(3, 4), "cifar", 64)])
+def test_another_backbone_is_refused(tmp_path, monkeypatch, capsys, backbone, stem, width):
+    monkeypatch.chdir(tmp_path)
+    backbone.dim = 8
+    make_checkpoint(tmp_path / "last.pt", backbone, stem, width)
+    with pytest.raises(SystemExit) as end:
+        export.main([".", "net.pth"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and len(err.splitlines()) == 1 and "last.pt: its backbone is not a ResNet-18" in err
+    assert not (tmp_path / "net.pth").exists() and not (tmp_path / "net.json").exists()
 
 
 def test_force_overwrites(tiny, tmp_path):
