@@ -14,22 +14,25 @@ from pathlib import Path
 import torch
 
 import common
+import harness
+from harness.checkpoint import file_of, save, write_atomically
+from harness.parser import Parser, path
 
 
 def parse_args(argv):
-    parser = common.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", type=common.path, help="a run folder (its linear.pt, else last.pt) or a .pt file of it")
-    add("out", metavar="OUT", type=common.path, help="file to write, ending in .pth; its description ends in .json")
+    add("run", metavar="RUN", type=path, help="a run folder (its linear.pt, else last.pt) or a .pt file of it")
+    add("out", metavar="OUT", type=path, help="file to write, ending in .pth; its description ends in .json")
     add("--backbone-only", action="store_true", help="leave the classifier out")
     add("--force", action="store_true", help="overwrite files that are there")
     args = parser.parse_args(argv)
     args.out = Path(args.out)
     if args.out.suffix != ".pth":
         parser.error(f"{args.out}: must end in .pth")
-    for path in (args.out, args.out.with_suffix(".json")):
-        if path.exists() and not args.force:
-            parser.error(f"{path}: exists; name another file, or --force to overwrite it")
+    for file in (args.out, args.out.with_suffix(".json")):
+        if file.exists() and not args.force:
+            parser.error(f"{file}: exists; name another file, or --force to overwrite it")
     return args
 
 
@@ -61,12 +64,12 @@ def loading_lines(path, checkpoint, classified):
             "# encoder = torch.nn.Sequential(*list(net.children())[:-1])"]
 
 
-@common.command
+@harness.command
 def main(argv=None):
     args = parse_args(argv)
     inside = Path(args.run) / "linear.pt"
-    file = inside if inside.exists() else common.checkpoint_path(args.run)
-    checkpoint = common.load_checkpoint(file)
+    file = inside if inside.exists() else file_of(args.run)
+    checkpoint = harness.load_checkpoint(file)
     stem, width, beside = checkpoint["stem"], checkpoint["width"], args.out.with_suffix(".json")
     ours = common.ResNet18(stem=stem, width=width).state_dict()
     if {n: t.shape for n, t in checkpoint["backbone"].items()} != {n: t.shape for n, t in ours.items()}:
@@ -77,8 +80,8 @@ def main(argv=None):
     state = weights(checkpoint, classified)
     names = ["method", "stem", "width", "image_size", "mean", "std", "classes"] + ["layer"] * classified
     about = json.dumps({name: checkpoint[name] for name in names}, indent=1)
-    common.save_checkpoint(args.out, state)
-    common.write_atomically(beside, f"{about}\n".encode())
+    save(args.out, state)
+    write_atomically(beside, f"{about}\n".encode())
 
     print(f"read    {file}: {checkpoint['method']}, stem {stem}, width {width}")
     if "classifier" in checkpoint and not classified and not args.backbone_only:

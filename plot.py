@@ -16,6 +16,9 @@ import textwrap
 from pathlib import Path
 
 import common
+import harness
+from harness.folder import read_metrics
+from harness.parser import Parser, path
 
 # What stands over the panels, in their order. Figures of one title share a panel; others get one each.
 TITLES = {
@@ -44,7 +47,7 @@ Run = collections.namedtuple("Run", "folder args rows")
 def read_run(folder):
     """raises  UsageError for what is no run folder, or a run that has not finished an epoch yet."""
     try:
-        run = Run(folder, json.loads(Path(folder, "args.json").read_text()), common.read_metrics(folder))
+        run = Run(folder, json.loads(Path(folder, "args.json").read_text()), read_metrics(folder))
         found = all(row["epoch"] + row["seconds"] >= 0 for row in run.rows) and make_panels([run])
     except (OSError, ValueError, TypeError, KeyError):
         found = False
@@ -135,10 +138,10 @@ def draw(runs, labels, against="epochs"):
 
 
 def parse_args(argv):
-    parser = common.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", type=common.path, help="run folders; curves of all are laid over each other")
-    add("--out", type=common.path, default="curves.png", help="file to write, ending in .png, .pdf or .svg")
+    add("runs", nargs="+", metavar="RUN", type=path, help="run folders; curves of all are laid over each other")
+    add("--out", type=path, default="curves.png", help="file to write, ending in .png, .pdf or .svg")
     add("--against", choices=("epochs", "seconds"), default="epochs", help="horizontal axis; time is in minutes")
     add("--labels", nargs="+", metavar="NAME", help="names for the legend, one per run, in their order")
     args = parser.parse_args(argv)
@@ -149,7 +152,7 @@ def parse_args(argv):
     return args
 
 
-@common.command
+@harness.command
 def main(argv=None):
     args = parse_args(argv)
     runs = [read_run(folder) for folder in args.runs]

@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 
 import common
-import data
+import harness
 import knn
+import pictures
+from harness.parser import Parser, number, path, png_file
 
 CHUNK = 500  # files read, forwarded and answered at a time: no number of files fills the memory
 SHOWN = 20  # queries in the picture of --neighbours
@@ -32,19 +34,19 @@ FIELDS = ("file", "class", "class_index", "probability", "runner_up", "runner_up
 
 
 def parse_args(argv):
-    parser = common.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("images", nargs="+", type=common.path, help="picture files, and folders of them")
-    add("--checkpoint", required=True, type=common.path, help="a run folder or one of its .pt files")
+    add("images", nargs="+", type=path, help="picture files, and folders of them")
+    add("--checkpoint", required=True, type=path, help="a run folder or one of its .pt files")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="comma-separated values with a header")
-    add("--neighbours", metavar="PNG", type=common.png_file, help="draw some beside their nearest training images")
-    add("--data", type=common.path, help="training images that vote and are shown (default: those of the run)")
-    add("--data-root", type=common.path, help="where a named data set lies (default: that of the run)")
-    add("--cache", type=common.path, help="folder for packed training images (default: that of the run)")
-    add("--k", type=common.number(int, low=1), default=200, help="neighbours that vote, all if there are fewer")
-    add("--temperature", type=common.number(float, low=0.02), default=0.1, help="of the votes")
+    add("--neighbours", metavar="PNG", type=png_file, help="draw some beside their nearest training images")
+    add("--data", type=path, help="training images that vote and are shown (default: those of the run)")
+    add("--data-root", type=path, help="where a named data set lies (default: that of the run)")
+    add("--cache", type=path, help="folder for packed training images (default: that of the run)")
+    add("--k", type=number(int, low=1), default=200, help="neighbours that vote, all if there are fewer")
+    add("--temperature", type=number(float, low=0.02), default=0.1, help="of the votes")
     add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="forward precision")
     return parser.parse_args(argv)
@@ -57,37 +59,38 @@ def list_files(arguments):
         if not Path(argument).is_dir():
             files.append(argument)
             continue
-        folder = data.Folder(argument)
+        folder = pictures.Folder(argument)
         others = [file for inner in folder.walk() for file in inner.others]
-        foreign = data.foreign_pictures(others)  # a line each; where it cannot be read, that is said
+        foreign = pictures.foreign_pictures(others)  # a line each; where it cannot be read, that is said
         files += folder.pictures + foreign
         if len(others) > len(foreign):
-            print(f"passed over: {data.no_images(sorted({*others} - {*foreign}))}")
+            print(f"passed over: {pictures.no_images(sorted({*others} - {*foreign}))}")
     if not files:
         raise common.UsageError(f"{', '.join(arguments)}: no images found there")
     return files
 
 
 def read_files(files, size):
-    """-> a data.Split of those that could be read, in order, and {file: why not} of the others."""
+    """-> a pictures.Split of those that could be read, in order, and {file: why not} of the others."""
     images, aspect, unreadable = torch.empty(len(files), 3, size, size, dtype=torch.uint8), torch.ones(len(files)), {}
 
     def decode(i):
         try:
-            images[i], aspect[i] = data.decode(files[i], size)
+            images[i], aspect[i] = pictures.decode(files[i], size)
         except Exception as error:  # broken files raise almost anything
-            unreadable[files[i]] = data.one_line(error, files[i])
+            unreadable[files[i]] = pictures.one_line(error, files[i])
 
-    with ThreadPoolExecutor(data.usable_cores()) as pool:
+    with ThreadPoolExecutor(pictures.usable_cores()) as pool:
         list(pool.map(decode, range(len(files))))
     kept = [i for i, file in enumerate(files) if file not in unreadable]
-    return data.Split(images[kept], torch.full((len(kept),), -1), aspect[kept], [files[i] for i in kept]), unreadable
+    labels = torch.full((len(kept),), -1)
+    return pictures.Split(images[kept], labels, aspect[kept], [files[i] for i in kept]), unreadable
 
 
 def read_checkpoint(path):
     """-> the checkpoint, its layer, and its classifier {"weight", "bias"}, or None for a pre-training run."""
     inside = Path(path) / "linear.pt"
-    checkpoint = common.load_checkpoint(inside if inside.exists() else path)
+    checkpoint = harness.load_checkpoint(inside if inside.exists() else path)
     if "classifier" not in checkpoint and checkpoint["method"] == "linear":
         raise common.UsageError(f"{path}: holds no classifier; give the run's linear.pt")
     return checkpoint, checkpoint.get("layer", "layer4"), checkpoint.get("classifier")
@@ -97,7 +100,7 @@ def open_bank(args, checkpoint):
     """-> the labelled training images of --data or of the run, and their classes; without labels all, and no class."""
     source, dataset = knn.open_data(args, checkpoint, ("train",))
     print("\n".join(source.description))
-    bank = data.labelled(dataset.train)
+    bank = pictures.labelled(dataset.train)
     if len(bank) == 0 and not args.neighbours:
         raise common.UsageError(f"--data {source.name}: no labelled training images vote; take others, or --neighbours")
     return (bank, dataset.classes) if len(bank) else (dataset.train, [])
@@ -127,7 +130,7 @@ def answers(files, size, classes, classify):
 
 def cell(text, width):
     """One line of exactly `width` characters; of a longer text the end, by which names of files differ."""
-    text = data.printable(text)
+    text = common.printable(text)
     return f"{text:{width}}" if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 
@@ -149,9 +152,9 @@ def write(out, rows, args):
         writer.writeheader()
     elif not args.json:
         print(f"{'file':31}  {'class':13}    prob.  runner-up", file=out)
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         if args.json:
-            out.write((",\n" if number else "[\n") + json.dumps(row))
+            out.write((",\n" if place else "[\n") + json.dumps(row))
         elif args.csv:
             writer.writerow(row)
         else:
@@ -170,7 +173,7 @@ def predict(args, out):
     files, classes, size = list_files(args.images), checkpoint["classes"], checkpoint["image_size"]
     device = common.pick_device(args.device)
     autocast, _ = common.pick_precision(args.amp, device)
-    network = knn.Layers(common.load_backbone(checkpoint, device), (layer,))
+    network = knn.Layers(harness.load_backbone(checkpoint, device), (layer,))
     # --data may be of another kind, but the network wants pictures prepared as those it was trained on.
     view = argparse.Namespace(size=size, mean=checkpoint["mean"], std=checkpoint["std"])
 
@@ -211,7 +214,7 @@ def predict(args, out):
     return int(len(named) < len({*files}))
 
 
-@common.command
+@harness.command
 def main(argv=None):
     args, out = parse_args(argv), sys.stdout
     if hasattr(out, "reconfigure"):

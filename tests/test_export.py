@@ -9,6 +9,7 @@ import torchvision
 
 import common
 import export
+import harness
 import moco
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -24,12 +25,12 @@ def make_checkpoint(path, backbone, stem, width, **extra):
                 module.bias.normal_(0, 0.1)
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    args = argparse.Namespace(image_size=32, stem=stem, width=width, data="toy")
+    args = argparse.Namespace(image_size=32, stem=stem, width=width, data="toy", method="moco")
     dataset = argparse.Namespace(classes=["cat", "dog", "emu"], mean=MEAN, std=STD)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = common.checkpoint_state("moco", model, optimizer, scaler, 1, 1, args, dataset)
-    common.save_checkpoint(path, state | extra)
+    state = harness.checkpoint.state_of(model, optimizer, scaler, {}, args, dataset, 1, 1)
+    harness.checkpoint.save(path, state | extra)
     return model.backbone.eval()
 
 

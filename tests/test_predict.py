@@ -16,8 +16,9 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw
 
 import common
-import data
+import harness
 import knn
+import pictures
 import predict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,10 +48,10 @@ def write_checkpoint(path, *, method="linear", layer="layer2", classes=CLASSES, 
     model.backbone = common.ResNet18(width=4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     args = argparse.Namespace(data=str(bank), data_root="./data", cache=None, skip_unreadable=False, knn_split="val",
-                              image_size=size, stem="cifar", width=4, seed=0)
+                              method=method, image_size=size, stem="cifar", width=4, seed=0)
     facts = argparse.Namespace(classes=classes, mean=MEAN, std=STD)
-    state = common.checkpoint_state(method, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1, 1, args,
-                                    facts)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = harness.checkpoint.state_of(model, optimizer, scaler, {}, args, facts, 1, 1)
     if method == "linear":
         views = [(TF.pil_to_tensor(picture(seed)) / 255).double() for seed in range(9)]
         features = torch.stack([features_by_hand(state, view, layer) for view in views])
@@ -83,7 +84,7 @@ def ask(capsys):
 def features_by_hand(checkpoint, view, layer="layer2"):
     """view (3, s, s) in [0, 1] -> (C,) double, one picture through the network in double precision."""
     x = torch.stack([(view[c].double() - MEAN[c]) / STD[c] for c in range(3)])
-    return common.load_backbone(checkpoint).double().features(x[None], (layer,))[layer][0].detach()
+    return harness.load_backbone(checkpoint).double().features(x[None], (layer,))[layer][0].detach()
 
 
 def probabilities_by_hand(checkpoint, view):
@@ -148,10 +149,10 @@ def test_accuracy_is_exactly_that_of_the_evaluation(ask, tmp_path):
             size = rng.randint(30, 300), rng.randint(30, 300)
             draw(tmp_path / "set" / split / CLASSES[i % 3] / f"{i}.jpg", i, size)
     checkpoint = write_checkpoint(tmp_path / "run/linear.pt", size=72)
-    dataset = data.pack(data.open_source("set"), 72, quiet=True)
+    dataset = pictures.pack(pictures.open_source("set"), 72, quiet=True)
     dataset.mean, dataset.std = MEAN, STD
     autocast, _ = common.pick_precision("off", torch.device("cpu"))
-    network = knn.Layers(common.load_backbone(checkpoint), ("layer2",))
+    network = knn.Layers(harness.load_backbone(checkpoint), ("layer2",))
     features = knn.extract(network, dataset.val, dataset, torch.device("cpu"), autocast)["layer2"]
     head = checkpoint["classifier"]
     expected = (features @ head["weight"].T + head["bias"]).argmax(dim=1).tolist()
