@@ -108,8 +108,8 @@ def test_ended_at_any_step_and_resumed_is_never_ended(train, monkeypatch, capsys
 def test_nothing_writes_to_the_flags_of_an_open_run(train, monkeypatch, method):
     opened, open_run = [], harness.open_run
 
-    def kept(*args):
-        run = open_run(*args)
+    def kept(*args, **derived):
+        run = open_run(*args, **derived)
         opened.append((run, copy.deepcopy(vars(run.args))))
         return run
 
