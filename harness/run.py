@@ -36,8 +36,7 @@ def open_run(args, recipes, **derived):
     source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
     args.kind = source.kind
     if source.kind not in recipes:
-        raise UsageError(f"--data {args.data}: of the kind {source.kind!r}, for which RECIPES of {args.method}.py has "
-                         "no entry")
+        raise UsageError(f"--data {args.data}: RECIPES of {args.method}.py has no entry for its kind, {source.kind!r}")
     flags.fill_flags(args, recipes[source.kind])
     flags.check_batch(args, source)
     for name, value in derived.items():

@@ -140,8 +140,8 @@ def test_wrong_uses_end_in_one_clear_line_and_change_nothing(tiny, tmp_path, cap
         (["run", "net.json"], "net.json: must end in .pth"),
         (["run", "there.pth"], "there.pth: exists"),
         (["run", "about.pth"], "about.json: exists"),
-        (["run", "nowhere/net.pth"], "nowhere/net.pth: cannot write"),
-        (["run", "folder.pth", "--force"], "folder.pth: cannot write"),
+        (["run", "nowhere/net.pth"], "nowhere/net.pth: cannot be written"),
+        (["run", "folder.pth", "--force"], "folder.pth: cannot be written"),
         (["run/last.pt", "run/copy.pth", "--force"], "the checkpoint itself"),
     ]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
