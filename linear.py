@@ -343,8 +343,9 @@ def make_backbone(args, pretrained):
         backbone = weights.build_model(pretrained, args.program).backbone
     else:
         backbone = common.ResNet18(stem=args.stem, width=args.width)
-        own = backbone.state_dict()
-        if pretrained.get("backbone", own).keys() != own.keys():
+        own, theirs = ({name: value.shape for name, value in state.items()} for state in (
+            backbone.state_dict(), pretrained.get("backbone", backbone.state_dict())))
+        if own != theirs:
             raise common.UsageError("--from-scratch: the backbone of this run is no ResNet18; name the program that "
                                     "trained it: --program FILE.py")
     if args.layer != "layer4" and not isinstance(backbone, common.ResNet18):

@@ -27,6 +27,7 @@ import harness
 import knn
 import pictures
 from harness.parser import Parser, number, path, png_file
+from harness.weights import program_flag
 
 CHUNK = 500  # files read, forwarded and answered at a time: no number of files fills the memory
 SHOWN = 20  # queries in the picture of --neighbours
@@ -38,6 +39,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("images", nargs="+", type=path, help="picture files, and folders of them")
     add("--checkpoint", required=True, type=path, help="a run folder or one of its .pt files")
+    program_flag(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="comma-separated values with a header")
@@ -173,7 +175,7 @@ def predict(args, out):
     files, classes, size = list_files(args.images), checkpoint["classes"], checkpoint["image_size"]
     device = common.pick_device(args.device)
     autocast, _ = common.pick_precision(args.amp, device)
-    network = knn.Layers(harness.load_backbone(checkpoint, device), (layer,))
+    network = knn.Layers(harness.load_backbone(checkpoint, device, args.program), (layer,))
     # --data may be of another kind, but the network wants pictures prepared as those it was trained on.
     view = argparse.Namespace(size=size, mean=checkpoint["mean"], std=checkpoint["std"])
 

@@ -139,7 +139,7 @@ def _absolute(args):
 def _parse_resumed(parser, argv, first, fixed):
     saved = dict(checkpoint.load(first.resume, first.method)["args"])
     file = checkpoint.file_of(first.resume)
-    for name in ("resume", "views_png"):
+    for name in ("resume", "views_png", "program"):  # what a checkpoint names is not imported, the user names it again
         saved.pop(name, None)
     args = _absolute(parser.parse_args(argv, argparse.Namespace(**saved)))  # argparse keeps what is there
     if first.out and os.path.abspath(first.out) != os.path.abspath(file.parent):

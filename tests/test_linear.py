@@ -524,6 +524,59 @@ def test_a_resumed_run_needs_the_pre_training_run_no_more(pictures, tmp_path):
     assert json.loads((tmp_path / "run/scores.json").read_text())["test"]["images"] == 12
 
 
+PROGRAM = """
+import torch
+print("imported")
+class Small(torch.nn.Sequential):
+    dim = 6
+def build_model(args):
+    model = torch.nn.Module()
+    model.backbone = Small(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return model
+"""
+
+
+def test_any_backbone_takes_the_program_that_the_user_names(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PROGRAM)
+    make_pretrained(tmp_path / "run", pictures)
+    state = torch.load("run/last.pt", weights_only=True)
+    backbone = harness.weights.build_model(state, "mine.py").backbone
+    torch.save(state | {"backbone": {name: value.detach() for name, value in backbone.state_dict().items()}},
+               "run/last.pt")
+    mine, plumbing = ["--program", "mine.py"], ["--device", "cpu", "--amp", "off"]
+
+    def refused(program, *flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            program.main([*flags, *plumbing])
+        said = capsys.readouterr()
+        assert end.value.code == 2 and "--program FILE.py" in said.err.splitlines()[-1]
+        assert "imported" not in said.out + said.err
+
+    for way in ("--cached", "--finetune", "--from-scratch"):
+        refused(linear, "--checkpoint", "run", way)
+        linear.main(["--checkpoint", "run", way, *mine, "--max-steps", "1", "--out", way[2:], "--quiet", *plumbing])
+        assert harness.load_checkpoint(f"{way[2:]}/linear.pt")["classifier"]["weight"].shape == (3, 6)
+    refused(linear, "--resume", "finetune", "--max-steps", "2")  # not even the program that the run remembers
+    linear.main(["--resume", "finetune", "--max-steps", "2", *mine, "--quiet", *plumbing])
+    assert harness.load_checkpoint("finetune")["step"] == 2
+    refused(predict, "--checkpoint", "cached", str(pictures / "val"))
+    assert predict.main(["--checkpoint", "cached", *mine, str(pictures / "val"), "--json", *plumbing]) == 0
+    assert len(json.loads(capsys.readouterr().out.removeprefix("imported\n"))) == 17
+
+
+def test_from_scratch_takes_no_network_of_another_shape_for_ours(pictures, tmp_path, capsys):
+    """torchvision's ResNet-18 has our names."""
+    folder = make_pretrained(tmp_path / "run", pictures)
+    state = torch.load(folder / "last.pt", weights_only=True)
+    wide = {name: value.detach() for name, value in common.ResNet18(width=8).state_dict().items()}
+    torch.save(state | {"backbone": wide}, folder / "last.pt")
+    with pytest.raises(SystemExit):
+        linear.main(["--checkpoint", str(folder), "--from-scratch", "--max-steps", "1", "--out", str(tmp_path / "o")])
+    assert "--program FILE.py" in capsys.readouterr().err
+
+
 def test_two_runs_of_one_second_get_folders_of_their_own(pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(harness.folder.time, "strftime", lambda form: "20260101-000000")
