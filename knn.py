@@ -305,11 +305,11 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, 
     tiles = []
     for query, row in zip(pick.tolist(), near.tolist(), strict=True):
         row = [i for i in row if not inside or i != query][:columns]
-        for number, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row]):
+        for place, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row]):
             one = slice(index, index + 1)
             tile = evaluation_view(split.images[one], split.aspect[one], size, (0.0,) * 3, (1.0,) * 3)
             tile = F.interpolate(tile, scale_factor=max(1, 96 // size))
-            mine, theirs = queries.labels[query], bank.labels[index] if number else -1
+            mine, theirs = queries.labels[query], bank.labels[index] if place else -1
             colour = (0.1, 0.7, 0.2) if mine == theirs else (0.85, 0.1, 0.1)
             colour = (0.5, 0.5, 0.5) if min(mine, theirs) < 0 else colour
             frame = torch.tensor(colour).view(1, 3, 1, 1)

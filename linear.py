@@ -1,69 +1,46 @@
 """What are the features worth with labels? Probes, fine-tuning, from scratch.
 
-    python linear.py --checkpoint runs/moco-food-11-...     a quick answer
-    python linear.py --checkpoint RUN --probe --test        as papers measure
-    python linear.py --checkpoint RUN --finetune --label-fraction 0.1
-    python linear.py --checkpoint RUN --from-scratch --label-fraction 0.1
-    python linear.py --from-scratch --data ./food-11        no run before it
-    python linear.py --weights resnet18.pth --data ./food-11    others' weights
+    python linear.py --checkpoint RUN                    --cached: a linear layer on features of evaluation views,
+                                                         computed once: seconds
+    python linear.py --checkpoint RUN --probe --test     a linear layer on the frozen network, which sees random
+                                                         crops: as papers measure
+    python linear.py --checkpoint RUN --finetune         everything trains, from the run's weights
+    python linear.py --from-scratch --data ./food-11     everything trains, from random weights: what the labels
+                                                         alone give; with --checkpoint on the run's data and network
+    python linear.py --weights resnet18.pth --data ./food-11                others' weights, in any of these ways
 
-Ways        --cached        a linear layer on features of evaluation
-                            views, computed once: seconds
-            --probe         a linear layer on the frozen network, which sees
-                            random crops
-            --finetune      everything trains, from the run's weights
-            --from-scratch  everything trains, from random weights: what the
-                            labels alone give; it needs no run
-Sources     MoCo     1911.05722, section 4.1      SimCLR  2002.05709, B.5, B.6
-            SimSiam  2011.10566, appendix A       RotNet  1803.07728, 4.1
-            and the authors' code
-Protocols   of       optimiser, lr, weight decay        epochs         batch
-            MoCo     SGD 30, 0                          100, / 10 at    256
-                                                        60 and 80
-            SimSiam  LARS 0.1 x bs/256 (code; the       90, cosine     4096
-                     paper says 0.02), 0
-            SimCLR   SGD + Nesterov 0.1 x bs/256, 0     90 (CIFAR 100, 4096
-                                                        bs 512), cosine
-            RotNet   SGD + Nesterov 0.01, 5e-4, on      35, / 5 at      192
-                     max-pooled AlexNet maps            5, 15, 25
-            here     SGD 0.1 x bs/256, 0                100, cosine     256
-            All freeze the backbone, in eval mode. RotNet's figures for
-            CIFAR-10 are no linear probe: three layers with BatchNorm, on
-            unpooled maps of block 2 (SGD 0.1, 5e-4, batch 128, / 5 at
-            20, 40 and 45 of 100 epochs).
-            MoCo's own setting is --probe --raw-features --lr 30 --schedule
-            steps; that of SimSiam's code --probe --raw-features
-            --optimizer lars --lr 0.1 --epochs 90 --batch-size 4096
-Views       --crop: photos "resized", a random part of at least 0.08 of the
-            area, as MoCo, SimSiam and SimCLR; toy and cifar "pad", shifts by
-            up to 4 px, as RotNet on CIFAR; both with flips. Accuracies are
-            those of evaluation views (the centre crop), as in knn.py.
-Departures  1. Features are first brought to mean 0 and unit standard deviation
-               over the training images. Methods differ widely in the scale of
-               their features, hence papers in their rates, from 0.01 to 30;
-               now one rate serves all. It is a fixed affine map, folded into
-               the weights: what is saved is a linear layer on the features as
-               they are. --raw-features leaves it out.
-            2. The epoch is chosen by validation images (a tenth of the
-               training images where the data has none). To train on all images
-               and score the test split after the last epoch, as is usual on
-               CIFAR: --no-validation --test.
-            3. With --label-fraction an epoch keeps its number of steps: the
-               images that are left are repeated, as in RotNet's code. So the
-               baseline is not cut short where labels are few.
-            4. --finetune and --from-scratch share one recipe, the usual
-               supervised one: 0.2 x bs/256, batch 128, weight decay 5e-4, a
-               warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): short runs
-               got less far.
+Sources     MoCo 1911.05722, section 4.1        SimCLR 2002.05709, B.5, B.6
+            SimSiam 2011.10566, appendix A      RotNet 1803.07728, 4.1; and the authors' code
+Protocols   of       optimiser, lr, weight decay                            epochs                    batch
+            MoCo     SGD 30, 0                                              100, / 10 at 60 and 80    256
+            SimSiam  LARS 0.1 x bs/256 (code; the paper says 0.02), 0       90, cosine                4096
+            SimCLR   SGD + Nesterov 0.1 x bs/256, 0                         90 (CIFAR 100), cosine    4096 (512)
+            RotNet   SGD + Nesterov 0.01, 5e-4, on max-pooled AlexNet maps  35, / 5 at 5, 15, 25      192
+            here     SGD 0.1 x bs/256, 0                                    100, cosine               256
+            All freeze the backbone, in eval mode. RotNet's figures for CIFAR-10 are no linear probe: three layers
+            with BatchNorm, on unpooled maps of block 2 (SGD 0.1, 5e-4, batch 128, / 5 at 20, 40 and 45 of 100).
+            MoCo's own setting is --probe --raw-features --lr 30 --schedule steps; that of SimSiam's code
+            --probe --raw-features --optimizer lars --lr 0.1 --epochs 90 --batch-size 4096
+Views       --crop: photos "resized", a random part of at least 0.08 of the area, as MoCo, SimSiam and SimCLR; toy
+            and cifar "pad", shifts by up to 4 px, as RotNet on CIFAR; both with flips. Accuracies are those of
+            evaluation views (the centre crop), as in knn.py.
+Departures  1. Features are first brought to mean 0 and unit standard deviation over the training images. Methods
+               differ widely in the scale of their features, hence papers in their rates, from 0.01 to 30; now one
+               rate serves all. It is a fixed affine map, folded into the weights: what is saved is a linear layer
+               on the features as they are. --raw-features leaves it out.
+            2. The epoch is chosen by validation images (a tenth of the training images where the data has none).
+               To train on all and score the test split after the last epoch, as is usual on CIFAR:
+               --no-validation --test.
+            3. With --label-fraction an epoch keeps its number of steps: the images that are left are repeated, as
+               in RotNet's code. So the baseline is not cut short where labels are few.
+            4. --finetune and --from-scratch share one recipe, the usual supervised one: 0.2 x bs/256, batch 128,
+               weight decay 5e-4, a warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): short runs got less far.
             5. `toy` takes fewer epochs: see the table below.
-Health      The loss starts near log(classes), val_loss with it; val_loss that
-            rises while top1 stands still: overfitting. A train_top1 near 100
-            with a much lower top1: too few labels for so many features;
-            --probe and --finetune, with their random crops, get more out of
-            them. `toy` is easy where there are labels: 200 of them, from
-            scratch, reach 99.9 %, more than any probe. With one per class
-            (--label-fraction 0.0025) that falls to 34.5 %, while a --probe of
-            SimCLR's run has 96.9 % (one seed, validation images).
+Health      The loss starts near log(classes), val_loss with it; val_loss that rises while top1 stands still:
+            overfitting. A train_top1 near 100 with a much lower top1: too few labels for so many features; --probe
+            and --finetune, with their random crops, get more out of them. `toy` is easy where there are labels:
+            200 of them, from scratch, reach 99.9 %, more than any probe. With one per class (--label-fraction
+            0.0025) that falls to 34.5 %, while a --probe of SimCLR's run has 96.9 % (one seed, validation images).
 """
 
 import functools
@@ -80,21 +57,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 import augment
 import common
-import data
+import harness
 import knn
+import pictures
+from harness import checkpoint, flags, weights
+from harness.parser import absolute_path, path, png_file
+from harness.run import Run, note_changes, set_up
 
 # ------------------------------------------------------------------------------------------------
 # Flags
 # ------------------------------------------------------------------------------------------------
 
 # The defaults, way -> flag -> value. lr per 256 images.
+PROBED = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=0.0, schedule="cosine",
+              warmup_epochs=0.0, eval_every=1, save_every=1)
 TRAINED = dict(epochs=100, batch_size=128, optimizer="sgd", lr=0.2, weight_decay=5e-4, schedule="cosine",
                warmup_epochs=5.0, eval_every=1, save_every=1)
 RECIPES = {
-    "cached": dict(epochs=100, batch_size=1000, optimizer="sgd", lr=0.1, weight_decay=0.0,
-                   schedule="cosine", warmup_epochs=0.0, eval_every=10, save_every=10),
-    "probe": dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=0.0,
-                  schedule="cosine", warmup_epochs=0.0, eval_every=1, save_every=1),
+    "cached": PROBED | dict(batch_size=1000, eval_every=10, save_every=10),
+    "probe": PROBED,
     "finetune": TRAINED,
     "from-scratch": TRAINED,
 }
@@ -108,68 +89,82 @@ TOY = {
 FROZEN = ("cached", "probe")
 
 
-def parse_args(argv=None):
-    parser = common.training_parser(__doc__, RECIPES, without=(
-        "--data", "--data-root", "--image-size", "--stem", "--width", "--init", "--knn-every", "--knn-k", "--knn-t",
-        "--knn-split", "--views-png"))
-    parser.set_defaults(save_every=None)
-    add = parser.flag
+def network_flags(parser):
+    """Whose features, judged in which way, on which images."""
+    add, count = parser.flag, functools.partial(harness.number, int)
     add("--checkpoint", "the pre-training run: its folder (then last.pt counts, as in the papers) or a .pt file",
-        metavar="RUN", type=common.absolute_path)
+        metavar="RUN", type=absolute_path, default=None)
     add("--weights", "instead of a run, the weights alone: a file of a ResNet-18 with torchvision's names",
-        metavar="FILE", type=common.absolute_path)
-    add("--image-size", "without a run: side of a view in pixels", common.SHAPES, type=common.number(int, low=8))
-    add("--stem", "with neither run nor weights: first layers of the network", common.SHAPES,
+        metavar="FILE", type=absolute_path, default=None)
+    weights.program_flag(parser)
+    add("--image-size", "without a run: side of a view in pixels", flags.SHAPES, type=count(low=8))
+    add("--stem", "with neither run nor weights: first layers of the network", flags.SHAPES,
         choices=("cifar", "imagenet"))
-    add("--width", "with neither run nor weights: channels of layer1", common.SHAPES, type=common.number(int, low=1))
+    add("--width", "with neither run nor weights: channels of layer1", flags.SHAPES, type=count(low=1))
     ways = parser.add_mutually_exclusive_group()
     for way, meaning in (("cached", "linear layer on features computed once: seconds (the default)"),
                          ("probe", "linear layer on the frozen network, with random crops: the papers' protocol"),
                          ("finetune", "train everything, from the run's weights"),
                          ("from-scratch", "train everything, from random weights: the baseline of --finetune")):
         ways.add_argument(f"--{way}", dest="way", action="store_const", const=way, help=meaning)
-    add("--data", f"folder of pictures, or {', '.join(common.NAMED_DATA)} (default: that of the run, without one "
-        "toy); its classes are those to learn", type=common.path)
-    add("--data-root", "where named data sets lie (default: that of the run)", type=common.path)
+    parser.set_defaults(way="cached")
+    add("--data", f"folder of pictures, or {', '.join(pictures.NAMED_DATA)} (default: that of the run, without one "
+        "toy); its classes are those to learn", type=path, default=None)
+    add("--data-root", "where named data sets lie (default: that of the run)", type=path, default=None)
+
+
+def parse_args(argv=None):
+    """The flags, and the checkpoint that it all starts from: that of the resumed run, or the pre-training run's."""
+    parser = harness.training_parser(__file__, __doc__, RECIPES, without=(
+        "--data", "--data-root", "--image-size", "--stem", "--width", "--init", "--knn-every", "--knn-k", "--knn-t",
+        "--knn-split", "--views-png"))
+    parser.set_defaults(save_every=None)
+    network_flags(parser)
+    add, real = parser.flag, functools.partial(harness.number, float)
     add("--label-fraction", "part of the labelled training images that is used, of each class alike, drawn "
-        "by --seed; the others do not train", type=common.number(float, above=0, high=1), default=1.0)
+        "by --seed; the others do not train", type=real(above=0, high=1), default=1.0)
     add("--layer", "whose pooled output the linear layer reads; RotNet's best is a middle one",
         choices=("layer1", "layer2", "layer3", "layer4"), default="layer4")
     add("--raw-features", "features as they come, as in the papers; the rate must then suit the method "
         "(MoCo: --lr 30)", action="store_true")
     add("--crop", "random views of --probe, --finetune and --from-scratch; pad: shift by up to an eighth of the "
         "side, resized: a part of at least 0.08 of the area, enlarged (default: toy and cifar pad, "
-        "others resized)", choices=("pad", "resized"))
+        "others resized)", choices=("pad", "resized"), default=None)
     add("--optimizer", "sgd has momentum 0.9; lars and adamw want a --lr of their own",
         choices=("sgd", "lars", "adamw"))
     add("--schedule", "of the rate; steps: a tenth after 60 and again after 80 %% of the run",
         choices=("cosine", "steps"))
     add("--focal-gamma", "of rotnet.py's focal loss: how much less an easy image counts; 0: plain cross-entropy",
-        type=common.number(float, low=0), default=0.0)
-    add("--focal-alpha", "of the focal loss: a factor of the whole loss", type=common.number(float, above=0),
-        default=1.0)
+        type=real(low=0), default=0.0)
+    add("--focal-alpha", "of the focal loss: a factor of the whole loss", type=real(above=0), default=1.0)
     add("--stop-at-accuracy", "end after the evaluation whose validation top-1 reaches this", metavar="PERCENT",
-        type=common.number(float, above=0, high=100))
+        type=real(above=0, high=100), default=None)
     add("--eval-every", "epochs between evaluations, each a line in metrics.jsonl and a candidate for linear.pt",
-        type=common.number(int, low=1))
+        type=harness.number(int, low=1))
     add("--test", "score the test split, once, at the end, with the weights that validation chose",
         action="store_true")
     add("--no-validation", "train on every labelled training image, choose nothing, and let the last weights "
         "count, as papers do on CIFAR; needs --test", action="store_true")
     add("--confusion", "where the picture of the confusion matrix goes (default: confusion.png in the run's "
-        "folder)", metavar="PNG", type=common.png_file)
-    args, checkpoint = common.parse_training(
-        parser, argv, "linear", ("checkpoint", "weights", "label_fraction", "layer", "raw_features", "crop",
-                                 "optimizer", "no_validation"))
-    if checkpoint and args.way != checkpoint["args"]["way"]:
-        parser.error(f"--{args.way}: the run to resume is one of --{checkpoint['args']['way']}")
-    args.way = args.way or "cached"
+        "folder)", metavar="PNG", type=png_file, default=None)
+    args = harness.parse(parser, argv, fixed=("checkpoint", "weights", "label_fraction", "layer", "raw_features",
+                                              "crop", "optimizer", "no_validation"))
+    saved = harness.load_checkpoint(args.resume) if args.resume else None
+    if saved and args.way != saved["args"]["way"]:
+        parser.error(f"--{args.way}: the run to resume is one of --{saved['args']['way']}")
+    check_flags(parser, args)
     args.knn_split = "test" if args.no_validation else "val"  # tells all others what is held out, and what chooses
+    return args, saved or inherit(args)
+
+
+def check_flags(parser, args):
     if args.checkpoint and args.weights:
         parser.error("--weights: --checkpoint names a network already; give one of them")
     if args.way != "from-scratch" and not args.checkpoint and not args.weights:
         parser.error("--checkpoint RUN is missing: the pre-training run whose features are to be judged; or --weights "
                      "FILE, or --from-scratch, which needs neither")
+    if args.program and not args.checkpoint:
+        parser.error("--program: builds the network of a run, with the flags of that run; add --checkpoint RUN")
     if args.way not in FROZEN and (args.layer != "layer4" or args.raw_features):
         parser.error(f"--{'raw-features' if args.raw_features else 'layer'}: only for a frozen network, that is "
                      f"--cached or --probe; --{args.way} trains all of it")
@@ -184,11 +179,11 @@ def parse_args(argv=None):
                      f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance")
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("linear.py trains on one device: start it without torchrun")
-    return args, checkpoint
 
 
-def inherit(args, pretrained):
-    """What was not given comes from the pre-training run; pictures are prepared as its network knows them."""
+def inherit(args):
+    """What was not given comes from the pre-training run, which is returned; pictures are prepared as it knows them."""
+    pretrained = weights.load_pretrained(args)
     if pretrained["method"] == "linear":
         start = pretrained["args"]["checkpoint"]
         raise common.UsageError(f"--checkpoint {args.checkpoint}: a run of linear.py itself; " +
@@ -196,22 +191,23 @@ def inherit(args, pretrained):
                                  "its network alone is taken by --weights"))
     for name in ("data", "data_root", "cache", "skip_unreadable"):
         setattr(args, name, getattr(args, name) or pretrained["args"][name])
-    common.take_shape(args, pretrained, "--checkpoint" if args.checkpoint else "--weights")
+    weights.take_shape(args, pretrained, "--checkpoint" if args.checkpoint else "--weights")
+    return pretrained
 
 
-def fill_recipe(args, kind, images, passes):
+def fill_recipe(args, images, passes):
     """Give every flag that is still None its default.
 
-    kind    of the data.  images: labelled ones that train, `passes` times per epoch.
+    images  labelled ones that train, `passes` times per epoch.
     raises  UsageError for a batch larger than that.
     """
-    recipe = RECIPES[args.way] | (TOY[args.way] if kind == "toy" else {})
+    recipe = RECIPES[args.way] | (TOY[args.way] if args.kind == "toy" else {})
     if args.way != "cached":
-        recipe["crop"] = "pad" if kind in ("toy", "cifar") else "resized"
+        recipe["crop"] = "pad" if args.kind in ("toy", "cifar") else "resized"
     # The table's batch, cut to what there is and so that no short one is left over.
     steps = math.ceil(passes * images / min(images, recipe["batch_size"]))
     recipe["batch_size"] = math.ceil(passes * images / steps)
-    common.fill_flags(args, recipe)
+    harness.fill_flags(args, recipe)
     if args.batch_size > images:
         raise common.UsageError(f"--batch-size {args.batch_size}: more than the {images} labelled images to train on; "
                                 f"take at most {images}")
@@ -222,11 +218,34 @@ def fill_recipe(args, kind, images, passes):
 # ------------------------------------------------------------------------------------------------
 
 
+def open_data(args, pretrained):
+    """The source, the pictures packed as the network knows them, and {split: its labelled images}; args complete.
+
+    The test split is opened only where it is asked for.
+    raises  UsageError where there is nothing to learn or to measure.
+    """
+    source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
+    splits = ["train", *([] if args.no_validation else ["val"]), *(["test"] if args.test else [])]
+    if not args.resume and args.knn_split == pretrained["args"]["knn_split"]:
+        note_changes(source, args.data, pretrained["args"], splits)
+    if pretrained.get("note"):
+        source.description.append(pretrained["note"])
+    args.kind = source.kind
+    harness.fill_flags(args, flags.SHAPES[source.kind])  # the shape of a network without a run
+    check_labels(args, source.classes, {s: source.splits[s].counts[0] if source.splits[s] else 0 for s in splits})
+    harness.check_stop(args.stop_at_accuracy, chance=100 / len(source.classes))
+    dataset = pictures.pack(source, args.image_size, args.cache, splits, args.quiet, args.skip_unreadable)
+    dataset.mean, dataset.std = pretrained["mean"] or dataset.mean, pretrained["std"] or dataset.std
+    labelled = {split: pictures.labelled(getattr(dataset, split)) for split in splits}
+    check_labels(args, source.classes, {split: len(labelled[split]) for split in splits})  # what could be read
+    return source, dataset, labelled
+
+
 def check_labels(args, classes, counts):
     """counts: {split: labelled images}.  raises  UsageError where there is nothing to learn or to measure."""
     fix = {"train": "linear.py needs classes",
-            "test": "leave --test out or, for an honest figure, keep a part of validation as the labelled test split",
-            "val": "--no-validation --test trains without, or give data that has some"}
+           "test": "leave --test out or, for an honest figure, keep a part of validation as the labelled test split",
+           "val": "--no-validation --test trains without, or give data that has some"}
     for split, count in counts.items():
         if count == 0:
             raise common.UsageError(f"--data {args.data}: no labelled {split} images; {fix[split]}")
@@ -253,11 +272,11 @@ def take_part(split, fraction, seed):
     if fraction == 1:
         return split
     rows = label_subset(split.labels, fraction, seed)
-    return data.Split(split.images[rows], split.labels[rows], split.aspect[rows],
-                      [split.paths[i] for i in rows.tolist()])
+    return pictures.Split(split.images[rows], split.labels[rows], split.aspect[rows],
+                          [split.paths[i] for i in rows.tolist()])
 
 
-class Passes(data.Batches):
+class Passes(pictures.Batches):
     """Batches whose epoch is several passes over the split, each in an order of its own."""
 
     def __init__(self, split, passes, *batches_args, **kind):
@@ -305,15 +324,32 @@ def view(images, aspect, generator, args, mean, std):
     return augment.normalize(x, mean, std)
 
 
-def plain_features(backbone, layer, split, dataset, device, autocast):
+def plain_features(backbone, layer, split, dataset, run):
     """(N, C) float32 on the device: the pooled output of a layer for every image of a split, evaluation views."""
     network = knn.Layers(backbone, (layer,)).train(backbone.training)
-    return knn.extract(network, split, dataset, device, autocast)[layer]
+    return knn.extract(network, split, dataset, run.device, run.autocast)[layer]
 
 
 # ------------------------------------------------------------------------------------------------
 # Model
 # ------------------------------------------------------------------------------------------------
+
+
+def make_backbone(args, pretrained):
+    """The trained network; with --from-scratch one of its kind as it begins."""
+    if args.way != "from-scratch":
+        backbone = harness.load_backbone(pretrained, program=args.program)
+    elif args.program:
+        backbone = weights.build_model(pretrained, args.program).backbone
+    else:
+        backbone = common.ResNet18(stem=args.stem, width=args.width)
+        own = backbone.state_dict()
+        if pretrained.get("backbone", own).keys() != own.keys():
+            raise common.UsageError("--from-scratch: the backbone of this run is no ResNet18; name the program that "
+                                    "trained it: --program FILE.py")
+    if args.layer != "layer4" and not isinstance(backbone, common.ResNet18):
+        raise common.UsageError(f"--layer {args.layer}: only a ResNet18 has it; leave it out")
+    return backbone
 
 
 class Classifier(nn.Module):
@@ -349,7 +385,8 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.backbone.features(x, (self.layer,))[self.layer]                # (N, C)
+            deepest = self.layer == "layer4"  # a backbone's output; all that one of another kind has
+            features = self.backbone(x) if deepest else self.backbone.features(x, (self.layer,))[self.layer]  # (N, C)
         with torch.autocast(x.device.type, enabled=False):
             return self.fc((features.float() - self.mean) / self.std)                      # (N, K)
 
@@ -388,73 +425,79 @@ def accuracies(logits, truth):
     return {"top1": top1, "top5": top5, "class_mean": 100.0 * sum(shares) / len(shares)}
 
 
-def draw_confusion(predicted, truth, classes, title):
-    """A PNG, bytes: a row for each true class, a column for each answer; numbers are percent of the row.
+def logits_of(features, weight, bias):
+    """(N, K) on the host, of features (N, C) and a linear layer on features as they come."""
+    return F.linear(features, weight.to(features.device), bias.to(features.device)).cpu()
 
-    predicted, truth  (N,) int64.  title: a line above.
+
+def validate(run, model, split, features, loss_of):
+    """Validation loss and accuracies of the model as it is; None where nothing is held out.
+
+    split  labelled validation images.  features: theirs, of a frozen backbone; or None.
     """
+    if split is None:
+        return dict.fromkeys(("val_loss", "top1", "top5", "class_mean"))
+    if features is None:
+        features = plain_features(model.backbone, model.layer, split, run.dataset, run)
+    logits = logits_of(features, **model.plain())
+    return {"val_loss": loss_of(logits, split.labels).item(), **accuracies(logits, split.labels)}
+
+
+def draw_confusion(predicted, truth, classes, title):
+    """A PNG, bytes: rows are true classes, columns answers, numbers percent of the row. (N,) int64 each."""
     k = len(classes)
     counts = (truth * k + predicted).bincount(minlength=k * k).view(k, k)
-    share = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)                            # (K, K)
     cell = min(80, max(16, 900 // k), max(1, 4000 // k))  # pixels
-    font, small = ImageFont.load_default(max(11, min(16, cell - 4))), ImageFont.load_default(min(16, cell * 0.4))
+    font = ImageFont.load_default(max(11, min(16, cell - 4)))
     names = [name if len(name) <= 24 else name[:23] + "…" for name in classes] if cell >= 12 else [""] * k
-    margin, head = 12 + math.ceil(max(map(font.getlength, names))), 56  # for names; for the two lines above
     lines = [title, "rows: true class, columns: answer; percent of the row"]
-    width = max(margin + k * cell, 12 + math.ceil(max(map(font.getlength, lines)))) + 12
-    image = Image.new("RGB", (width, head + margin + k * cell + 12), "white")
-    pen = ImageDraw.Draw(image)
-    for i, line in enumerate(lines):
-        pen.text((12, 10 + 20 * i), line, "black", font)
-    left, top, gap = margin, head + margin, int(cell > 4)
-    pen.rectangle((left, top, left + k * cell - 1, top + k * cell - 1), (245, 245, 245))
+    left, head = (12 + math.ceil(max(map(font.getlength, texts))) for texts in (names, lines))
+    top, side = 56 + left, k * cell
+    image = Image.new("RGB", (max(left + side, head) + 12, top + side + 12), "white")
+    upright = Image.new("L", (left, side))  # names of the columns, written level, then turned by a quarter
+    pen, upright_pen = ImageDraw.Draw(image), ImageDraw.Draw(upright)
+    pen.text((12, 10), "\n".join(lines), "black", font)
+    ink = torch.where(torch.eye(k)[..., None] > 0, torch.tensor([0, 90, 170]), torch.tensor([200, 70, 0]))
+    colours = (245 + (ink - 245) * share[..., None].sqrt()).byte()  # the root: a few percent are seen
+    image.paste(Image.frombytes("RGB", (k, k), bytes(colours.flatten().tolist())).resize((side, side), 0), (left, top))
     for i, name in enumerate(names):
-        middle = cell * i + cell // 2
-        pen.text((left - 6, top + middle), name, "black", font, anchor="rm")
-        upright = Image.new("L", (margin, cell))  # written level, then turned by a quarter
-        ImageDraw.Draw(upright).text((6, cell // 2), name, 255, font, anchor="lm")
-        image.paste("black", (left + cell * i, head), upright.rotate(90, expand=True))
-    for i, j in counts.nonzero().tolist():
-        x, y, shade = left + cell * j, top + cell * i, share[i][j] ** 0.5  # so that a few percent are seen
-        ink = (0, 90, 170) if i == j else (200, 70, 0)
-        colour = tuple(round(245 + (c - 245) * shade) for c in ink)
-        pen.rectangle((x, y, x + cell - 1 - gap, y + cell - 1 - gap), colour)
-        if cell >= 26:
-            pen.text((x + cell // 2, y + cell // 2), f"{100 * share[i][j]:.0f}", "white" if shade > 0.6 else "black",
-                     small, anchor="mm")
+        pen.text((left - 6, top + cell * i + cell // 2), name, "black", font, anchor="rm")
+        upright_pen.text((6, cell * i + cell // 2), name, 255, font, anchor="lm")
+    image.paste("black", (left, 56), upright.rotate(90, expand=True))
+    for i, j in counts.nonzero().tolist() if cell >= 32 else ():
+        pen.text((left + cell * j + cell // 2, top + cell * i + cell // 2), f"{100 * share[i, j]:.0f}",
+                 "white" if share[i, j] > 0.36 else "black", font, anchor="mm")
     png = io.BytesIO()
     image.save(png, "PNG")
     return png.getvalue()
 
 
-def report(run, args, dataset, splits, device, autocast):
+def score(run, splits):
     """Score splits by linear.pt alone, as predict.py will use it; say and write what came out.
 
-    splits  {"val" or "test": data.Split}; of the last one also the table of classes and the picture.
+    splits  {"val" or "test": pictures.Split}; of the last one also the table of classes and the picture.
     """
-    checkpoint = common.load_checkpoint(run.folder / "linear.pt")
-    backbone = common.load_backbone(checkpoint, device)
-    weight, bias = (checkpoint["classifier"][name].to(device) for name in ("weight", "bias"))
+    folder, classes = run.folder.path, run.dataset.classes
+    saved = harness.load_checkpoint(folder / "linear.pt")
+    backbone = harness.load_backbone(saved, run.device, run.args.program)
     scores, lines = {}, []
     for name, split in splits.items():
-        features = plain_features(backbone, checkpoint["layer"], split, dataset, device, autocast)
-        logits = F.linear(features, weight, bias).cpu()
+        features = plain_features(backbone, saved["layer"], split, run.dataset, run)
+        logits = logits_of(features, **saved["classifier"])
         scores[name] = {"images": len(split), **accuracies(logits, split.labels)}
         lines.append(f"{name:8}top-1 {scores[name]['top1']:.2f} %   top-5 {scores[name]['top5']:.2f} %   "
                      f"mean of classes {scores[name]['class_mean']:.2f} %   of {len(split):,} images")
     predicted, title = logits.argmax(dim=1), {"val": "validation", "test": "test"}[name]
-    picture = draw_confusion(predicted, split.labels, dataset.classes,
+    picture = draw_confusion(predicted, split.labels, classes,
                              f"{title}: {len(split):,} images, top-1 {scores[name]['top1']:.2f} %")
-    run.say("\n".join([f"\n{title} images, linear.pt of step {checkpoint['step']:,}:",
-                       *knn.class_table(predicted, split.labels, dataset.classes), "", *lines,
-                       f"wrote   {run.folder / 'linear.pt'}"]))
-    for path, content in ((Path(args.confusion or run.folder / "confusion.png"), picture),
-                          (run.folder / "scores.json", json.dumps(scores, indent=1).encode())):
-        try:
-            common.write_atomically(path, content)
-        except OSError as error:
-            raise common.UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
-        run.say(f"wrote   {path}")
+    run.say("\n".join([f"\n{title} images, linear.pt of step {saved['step']:,}:",
+                       *knn.class_table(predicted, split.labels, classes), "", *lines,
+                       f"wrote   {folder / 'linear.pt'}"]))
+    for file, content in ((Path(run.args.confusion or folder / "confusion.png"), picture),
+                          (folder / "scores.json", json.dumps(scores, indent=1).encode())):
+        checkpoint.save(file, content)
+        run.say(f"wrote   {file}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,137 +514,84 @@ def make_optimizer(args, parameters, lr):
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
 
 
-@common.command
-def main(argv=None):
-    args, checkpoint = parse_args(argv)
-    device = common.pick_device(args.device)
-    autocast, scaler = common.pick_precision(args.amp, device)
-    pretrained = checkpoint or common.load_pretrained(args)  # a resumed run has all it needs
-    if not checkpoint:
-        inherit(args, pretrained)
-    common.seed_everything(args.seed)
-
-    # Data: the test split is opened only where it is asked for.
-    source = data.open_source(args.data, args.data_root, args.download, holdout=common.holdout(args))
-    splits = ["train", *([] if args.no_validation else ["val"]), *(["test"] if args.test else [])]
-    if not checkpoint and args.knn_split == pretrained["args"]["knn_split"]:
-        data.note_changes(source, args.data, pretrained["args"], splits)
-    for name, value in common.SHAPES[source.kind].items():
-        setattr(args, name, getattr(args, name) or value)  # of a network without a run
-    check_labels(args, source.classes, {s: source.splits[s].counts[0] if source.splits[s] else 0 for s in splits})
-    common.check_stop(args.stop_at_accuracy, chance=100 / len(source.classes))
-    run = common.Run("linear", args, source, checkpoint, score="top1", title="top-1", best="linear.pt",
-                     name=f"linear-{args.way}")
-    if pretrained.get("note"):
-        run.say(pretrained["note"])
-    dataset = data.pack(source, args.image_size, args.cache, splits, run.quiet, args.skip_unreadable)
-    dataset.mean, dataset.std = pretrained["mean"] or dataset.mean, pretrained["std"] or dataset.std
-    labelled = {split: data.labelled(getattr(dataset, split)) for split in splits}
-    check_labels(args, source.classes, {split: len(labelled[split]) for split in splits})  # what could be read
-    train = take_part(labelled["train"], args.label_fraction, args.seed)
-    passes = round(len(labelled["train"]) / len(train))
-    fill_recipe(args, source.kind, len(train), passes)
-
-    # Model.
-    frozen = args.way in FROZEN
-    if args.way == "from-scratch":
-        backbone = common.ResNet18(stem=args.stem, width=args.width).to(device, memory_format=torch.channels_last)
-    else:
-        backbone = common.load_backbone(pretrained, device)
-    model = Classifier(backbone, args.layer, len(dataset.classes), frozen).to(device)
-    features = {}  # of a frozen network: they do not change
-    if frozen:
-        features = {split: plain_features(backbone, args.layer, images, dataset, device, autocast)
-                    for split, images in (("train", train), ("val", labelled.get("val"))) if images is not None}
-        if not args.raw_features:
-            model.standardise(features["train"])
-
-    # Batches, optimiser, schedule.
-    if args.way == "cached":
-        x = (features["train"] - model.mean) / model.std
-        batches = CachedPasses(x, train, passes, args.batch_size, device, args.seed, drop_last=False)
-    else:
-        # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
-        batches = Passes(train, passes, args.batch_size, device, args.seed, drop_last=not frozen)
-    lr = args.step_lr or args.lr * args.batch_size / 256
-    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad], lr)
-    total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
-    warmup_steps = round(args.warmup_epochs / args.epochs * total_steps)  # --max-steps shortens it too
-    schedule = common.LRScheduler(optimizer, lr, total_steps, warmup_steps, kind=args.schedule,
-                                  milestones=[round(share * total_steps) for share in (0.6, 0.8)])
-
-    loss_of = F.cross_entropy
+def make_loss(args, classes):
+    """The loss, and in words what it is for a network that knows nothing."""
+    loss_of, formula = F.cross_entropy, f"log({classes})"
     if (args.focal_gamma, args.focal_alpha) != (0, 1):
         from rotnet import focal_loss
         loss_of = functools.partial(focal_loss, gamma=args.focal_gamma, alpha=args.focal_alpha)
-
-    def evaluate():
-        """Validation loss and accuracies of the model as it is; None where nothing is held out."""
-        if args.no_validation:
-            return {"val_loss": None, "top1": None, "top5": None, "class_mean": None}
-        split = labelled["val"]
-        x = features["val"] if frozen else plain_features(model.backbone, args.layer, split, dataset, device, autocast)
-        plain = {name: value.to(device) for name, value in model.plain().items()}
-        logits = F.linear(x, **plain).cpu()
-        return {"val_loss": loss_of(logits, split.labels).item(), **accuracies(logits, split.labels)}
-
-    classes = len(dataset.classes)
+        formula = f"alpha (1 - 1/{classes})^gamma log({classes})"
     chance = args.focal_alpha * (1 - 1 / classes) ** args.focal_gamma * math.log(classes)
-    formula = f"log({classes})" if loss_of is F.cross_entropy else f"alpha (1 - 1/{classes})^gamma log({classes})"
-    step = run.start(model, optimizer, scaler, dataset, total_steps, len(batches), device, lr,
-                     chance=f"{formula} = {chance:.3g}, top-1 {100 / classes:.3g} %",
-                     extra=lambda: {"layer": args.layer, "classifier": model.plain()})
-    run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} per epoch")
-    if step == 0 and not args.no_validation:
-        run.log(epoch=0, step=0, lr=None, **evaluate())
-    if args.compile:
-        common.compile_model(model, run)
+    return loss_of, f"{formula} = {chance:.3g}, top-1 {100 / classes:.3g} %"
 
-    generator = torch.Generator()
-    while step < total_steps:
-        epoch = step // len(batches)
-        model.train()
-        losses, right = run.begin_epoch(epoch, step, "loss", "train_top1")
-        for x, aspect, labels, _ in batches.batches(epoch, start=step % len(batches)):
-            lr = schedule.step(step)
+
+@harness.command
+def main(argv=None):
+    args, pretrained = parse_args(argv)
+    device, autocast, scaler = set_up(args)
+    source, dataset, labelled = open_data(args, pretrained)
+    train, val = take_part(labelled["train"], args.label_fraction, args.seed), labelled.get("val")
+    passes = round(len(labelled["train"]) / len(train))
+    fill_recipe(args, len(train), passes)
+    with Run(args, source, device, autocast, scaler, name=f"linear-{args.way}", score="top1", title="top-1",
+             best="linear.pt") as run:
+        frozen, features = args.way in FROZEN, {}
+        model = run.place(Classifier(make_backbone(args, pretrained), args.layer, len(dataset.classes), frozen))
+        if frozen:  # its features do not change
+            features = {split: plain_features(model.backbone, args.layer, images, dataset, run)
+                        for split, images in (("train", train), ("val", val)) if images is not None}
+            if not args.raw_features:
+                model.standardise(features["train"])
+        if args.way == "cached":
+            x = (features["train"] - model.mean) / model.std
+            batches = CachedPasses(x, train, passes, args.batch_size, device, args.seed, drop_last=False)
+        else:
+            # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
+            batches = Passes(train, passes, args.batch_size, device, args.seed, drop_last=not frozen)
+        run.feed(dataset, batches)
+
+        lr = args.step_lr or args.lr * args.batch_size / 256
+        optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad], lr)
+        schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps, kind=args.schedule,
+                                      milestones=[round(share * run.total_steps) for share in (0.6, 0.8)])
+        loss_of, chance = make_loss(args, len(dataset.classes))
+        # A program needs the flags of the run that it trained to build its network again.
+        more = {"pretrained_args": pretrained.get("pretrained_args", pretrained["args"])} if args.program else {}
+        network = run.begin(model, optimizer, chance=chance,
+                            extra=lambda: {"layer": args.layer, "classifier": model.plain(), **more})
+        run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} per epoch")
+        if run.step == 0 and val is not None:
+            run.report(**validate(run, model, val, features.get("val"), loss_of))  # the untrained classifier
+
+        for x, aspect, labels in run.steps():
+            schedule.step(run.step)
             if args.way == "cached":
-                logits = model.fc(x)                                                   # (N, K)
+                logits = model.fc(x)                                                       # (N, K)
             else:
-                common.reseed(generator, args.seed, step)
-                x = view(x, aspect, generator, args, dataset.mean, dataset.std)        # (N, 3, S, S)
-                with autocast():
-                    logits = model(x)                                                  # (N, K)
+                x = view(x, aspect, run.random, args, dataset.mean, dataset.std)           # (N, 3, S, S)
+                with run.autocast():
+                    logits = network(x)                                                    # (N, K)
             loss = loss_of(logits, labels)
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimizer)
+            run.scaler.update()
+            run.record(loss=loss, train_top1=100.0 * (logits.argmax(dim=1) == labels).float().mean())
 
-            step += 1
-            losses.update(loss, len(labels))
-            right.update(100.0 * (logits.argmax(dim=1) == labels).float().mean(), len(labels))
-            run.after_step(step, lr, loss)
-            if step == total_steps:
-                break
+            if run.epoch_ends and (run.last or run.epoch % args.eval_every == 0):
+                scores, stop = validate(run, model, val, features.get("val"), loss_of), None
+                if args.stop_at_accuracy and scores["top1"] >= args.stop_at_accuracy:
+                    stop = (f"{scores['top1']:.2f} % of validation images are right: "
+                            f"--stop-at-accuracy {args.stop_at_accuracy:g}")
+                run.report(stop, **scores)
 
-        finished, last, scores = epoch + 1, step == total_steps, {"top1": None}
-        if last or finished % args.eval_every == 0:
-            scores = evaluate()
-            run.log(epoch=finished, step=step, lr=lr, **scores)
-        stop = not last and (scores["top1"] or 0) >= (args.stop_at_accuracy or math.inf)
-        run.save(step, scores["top1"], last or stop)
-        if stop:
-            run.say(f"stopped {scores['top1']:.2f} % of validation images are right: "
-                    f"--stop-at-accuracy {args.stop_at_accuracy:g}")
-            break
-
-    if frozen:
-        check_frozen(model.backbone, pretrained["backbone"])
-    if args.no_validation:  # the last state is the one that counts
-        common.save_checkpoint(run.folder / "linear.pt", common.load_checkpoint(run.folder))
-    report(run, args, dataset, {split: labelled[split] for split in splits[1:]}, device, autocast)
-    run.finish(f"python predict.py --checkpoint {run.folder} image.jpg")
+        if frozen:
+            check_frozen(model.backbone, pretrained["backbone"])
+        if args.no_validation:  # the last state is the one that counts
+            checkpoint.save(run.folder.path / "linear.pt", harness.load_checkpoint(run.folder.path))
+        score(run, {split: images for split, images in labelled.items() if split != "train"})
+        run.next_command = f"python predict.py --checkpoint {run.folder.path} image.jpg"
 
 
 if __name__ == "__main__":

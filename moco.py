@@ -105,7 +105,8 @@ def parse_args(argv=None):
     add("--head", "projection head: one linear layer (v1) or two (v2)", choices=("linear", "mlp"))
     add("--dim", "C, width of queries and keys", type=harness.number(int, low=2), default=128)
     add("--bn-splits", "groups of a batch, each with its own BatchNorm statistics as on a GPU of its own "
-        "(default: 8, fewer where a group would have less than 4 images)", type=harness.number(int, low=1), default=None)
+        "(default: 8, fewer where a group would have less than 4 images)", type=harness.number(int, low=1),
+        default=None)
     add("--symmetric", "both views are queries, twice the work per step", action="store_true")
     add("--v1", "the first paper: linear head, T 0.07, its views, lr / 10 at 60 and 80 %% of the run",
         action="store_true")
@@ -254,8 +255,8 @@ class MoCo(nn.Module):
 
 def build_model(args):
     backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width), args)
-    groups = bn_groups(args.bn_splits, args.batch_size)  # of all processes together; each is one by nature
-    return MoCo(backbone, args.dim, args.queue_size, args.head, max(1, groups // distributed.size()))
+    groups = max(1, args.bn_splits // distributed.size())  # each process is a group by nature
+    return MoCo(backbone, args.dim, args.queue_size, args.head, groups)
 
 
 @torch.no_grad()
@@ -310,7 +311,7 @@ def contrastive_accuracy(q, k, queue):
 @harness.command
 def main(argv=None):
     args = parse_args(argv)
-    with harness.open_run(args, RECIPES) as run:
+    with harness.open_run(args, RECIPES, bn_splits=lambda: bn_groups(args.bn_splits, args.batch_size)) as run:
         two_crops = common.TwoCrops(functools.partial(view, args=args, mean=run.dataset.mean, std=run.dataset.std))
         monitor = knn.Monitor(run)
 
@@ -330,7 +331,7 @@ def main(argv=None):
         if run.step == 0 and monitor.due:
             run.report(**monitor(model.backbone))                      # the untrained network
 
-        for images, aspect, labels in run.steps():                     # for x in loader              [A1]
+        for images, aspect, _ in run.steps():                          # for x in loader              [A1]
             schedule.step(run.step)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)             [A1]
             # How the keys are shuffled into BatchNorm groups: drawn for this step, like its views.   [S3.3]

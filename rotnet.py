@@ -278,7 +278,7 @@ def main(argv=None):
         if run.step == 0 and monitor.due:
             run.report(**held_out_scores(run, model), **monitor(model.backbone))  # the untrained network
 
-        for images, aspect, labels in run.steps():
+        for images, aspect, _ in run.steps():
             schedule.step(run.step)
             x = one_crop(images, aspect, run.random)                   # (N, 3, S, S)
             # All four rotations of an image in one batch: better than one of them at random.     [S4.1]
@@ -298,7 +298,8 @@ def main(argv=None):
                 held_out = held_out_scores(run, model) if monitor.due or args.stop_at_accuracy else {}
                 right, stop = held_out.get("val_rotation", 0), None
                 if args.stop_at_accuracy and right >= args.stop_at_accuracy:
-                    stop = f"{right:.2f} % of validation rotations are right: --stop-at-accuracy {args.stop_at_accuracy:g}"
+                    stop = (f"{right:.2f} % of validation rotations are right: "
+                            f"--stop-at-accuracy {args.stop_at_accuracy:g}")
                 row = run.report(stop, **held_out, **monitor(model.backbone, now=stop))
                 if row["rotation"] < 26:
                     run.say("  at chance: no rotation is recognised. If the pictures have a right way up,\n"

@@ -214,7 +214,7 @@ def main(argv=None):
         if run.step == 0 and monitor.due:
             run.report(**monitor(model.backbone))                      # the untrained network
 
-        for images, aspect, labels in run.steps():                     # for x in loader             [A1]
+        for images, aspect, _ in run.steps():                          # for x in loader             [A1]
             schedule.step(run.step)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)            [A1]
             with run.autocast():

@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
-import common  # noqa: E402
+from harness.folder import read_metrics  # noqa: E402
+from harness.parser import Parser, number  # noqa: E402
 
 
 def main(argv=None):
-    parser = common.Parser(description=__doc__)
-    parser.add_argument("--target", type=common.number(float, above=0, high=100), default=90.0, help="percent kNN")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--target", type=number(float, above=0, high=100), default=90.0, help="percent kNN")
     parser.add_argument("--out", required=True, help="folder of the race; the run is OUT/run")
     parser.add_argument("command", nargs="+", help="METHOD.py and its flags, after --")
     args = parser.parse_args(argv)
@@ -48,7 +49,7 @@ def main(argv=None):
             ended = process.poll() is not None  # asked before reading: no row is missed
             if started is None and (run / "args.json").exists():
                 started = time.perf_counter() - began
-            rows = common.read_metrics(run)
+            rows = read_metrics(run)
             for row in rows[len(table):]:
                 if not table:
                     print(f"start-up {started:.1f} s\n\n{'epoch':>6}{'seconds':>10}{'kNN k 10':>11}{'k 200':>9}")

@@ -1,7 +1,7 @@
 """How fast is it, against peers in the same run?        python bench/run.py [--quick] [--only views knn] [--json FILE]
 
     views      views per second of SimSiam's recipe on one core: augment.py against torchvision on decoded PIL images
-    packing    images per second from 512-px JPEGs for 128-px training on one core: data.py against decoding whole
+    packing    images per second from 512-px JPEGs for 128-px training on one core: pictures/ against decoding whole
     losses     NT-Xent and InfoNCE, forward and backward, with peak memory, N = 256 to 4096 (InfoNCE on a CPU: 1024)
     knn        10,000 queries x 50,000 images x 512 features, k 200, against the bare product of matrices
     optimizer  a step of SGD and of LARS, and MoCo's moving average, for ResNet-18
@@ -42,12 +42,15 @@ from torchvision.io import write_jpeg  # noqa: E402
 
 import augment  # noqa: E402
 import common  # noqa: E402
-import data  # noqa: E402
+import harness  # noqa: E402
 import knn  # noqa: E402
 import moco  # noqa: E402
+import pictures  # noqa: E402
 import rotnet  # noqa: E402
 import simclr  # noqa: E402
 import simsiam  # noqa: E402
+from harness.parser import Parser, number  # noqa: E402
+from harness.run import Run  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -198,7 +201,7 @@ def draw_jpegs(folder, count, side, finest):
 
 def packed(folder, size):
     with tempfile.TemporaryDirectory() as cache:
-        data.pack(data.open_source(folder), size, cache=cache, quiet=True, workers=1)
+        pictures.pack(pictures.open_source(folder), size, cache=cache, quiet=True, workers=1)
 
 
 def decoded_whole(folder, size):
@@ -347,30 +350,32 @@ def parts_of_a_step(method, module, args, device, autocast):
 
 def seconds_of_a_step(module, flags, warm, steps, device):
     """Mean over `steps` steps of a method's own program, after `warm` others."""
-    marks, after_step = [], common.Run.after_step
+    marks, plain = [], Run.steps
 
-    def watched(run, step, lr, loss):
-        after_step(run, step, lr, loss)
-        if step in (warm, warm + steps):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter())
+    def watched(run):
+        for batch in plain(run):
+            if run.step in (warm, warm + steps):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+            yield batch
 
-    common.Run.after_step = watched
+    Run.steps = watched
     try:
         module.main([str(flag) for flag in flags])
     finally:
-        common.Run.after_step = after_step
+        Run.steps = plain
     return (marks[1] - marks[0]) / steps
 
 
 def measure_training(report, rounds, device, size=32, batch=64, width=16, stem="cifar", steps=20, compile=False):
     warm, autocast = 5, common.pick_precision("auto", device)[0]
-    data.TOY_COUNT["train"] = batch * (warm + steps)  # one epoch: no pause in between
+    last = warm + steps + 1  # begins when the one before it is done, and takes the end of the run
+    pictures.TOY_COUNT["train"] = batch * last  # one epoch: no pause in between
     with tempfile.TemporaryDirectory() as folder:
         for method, module in {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}.items():
             flags = ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width, "--stem", stem,
-                     "--max-steps", warm + steps, "--knn-every", 0, "--quiet", "--device", device.type,
+                     "--max-steps", last, "--knn-every", 0, "--quiet", "--device", device.type,
                      "--cache", folder, *(["--compile"] if compile else [])]
             times, peak = {"ours": []}, None
             for turn in range(min(rounds, 5)):
@@ -380,7 +385,7 @@ def measure_training(report, rounds, device, size=32, batch=64, width=16, stem="
                 times["ours"].append(seconds_of_a_step(module, [*flags, "--out", out], warm, steps, device))
                 if turn == 0:
                     peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else None
-                    args = argparse.Namespace(**common.load_checkpoint(out)["args"])
+                    args = argparse.Namespace(**harness.load_checkpoint(out)["args"])
                     parts = parts_of_a_step(method, module, args, device, autocast)
                     for part in parts.values():
                         seconds(lambda part=part: [part() for _ in range(3)], device)
@@ -412,17 +417,17 @@ def json_file(text):
     return text
 
 
-@common.command
+@harness.command
 def main(argv=None):
-    parser = common.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--quick", action="store_true", help="3 turns instead of 11")
     parser.add_argument("--device", default="auto", help="of all but views and packing")
-    parser.add_argument("--size", type=common.number(int, low=8), default=32, help="of training: pixels a side")
-    parser.add_argument("--batch", type=common.number(int, low=8), default=64, help="of training: images per step")
-    parser.add_argument("--width", type=common.number(int, low=1), default=16, help="of training: of the network")
+    parser.add_argument("--size", type=number(int, low=8), default=32, help="of training: pixels a side")
+    parser.add_argument("--batch", type=number(int, low=8), default=64, help="of training: images per step")
+    parser.add_argument("--width", type=number(int, low=1), default=16, help="of training: of the network")
     parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of training")
-    parser.add_argument("--steps", type=common.number(int, low=1), default=20, help="of training: a turn")
+    parser.add_argument("--steps", type=number(int, low=1), default=20, help="of training: a turn")
     parser.add_argument("--compile", action="store_true", help="of training: with torch.compile, its time left out")
     parser.add_argument("--json", metavar="FILE", type=json_file, help="also write the seconds of every turn here")
     args = parser.parse_args(argv)

@@ -23,7 +23,8 @@ from torchvision.utils import save_image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import harness  # noqa: E402
+from harness.folder import read_metrics  # noqa: E402
 
 SMALL = ["--data", "pictures", "--width", "4", "--image-size", "16", "--stem", "cifar", "--batch-size", "16", "--knn-k",
          "20", "--amp", "off", "--device", "cpu", "--quiet", "--save-every", "0.004min"]
@@ -119,7 +120,7 @@ def main(argv=None):
                 continue
             finish(start([*command, "--out", name], folder))
             # So that about half of the way is left when the last of its ends has come.
-            longest = common.read_metrics(folder / name)[-1]["seconds"] / share
+            longest = read_metrics(folder / name)[-1]["seconds"] / share
             if name not in args.only:
                 continue
             killed, kinds, at = folder / f"{name}-killed", [], []
@@ -130,13 +131,13 @@ def main(argv=None):
                     break
                 kinds.append(signal.Signals(number).name)
                 resumable = (killed / "last.pt").exists()
-                at.append(common.load_checkpoint(killed)["step"] if resumable else 0)
+                at.append(harness.load_checkpoint(killed)["step"] if resumable else 0)
                 again = [command[0], "--resume", killed.name] if resumable else [*command, "--out", killed.name]
                 process = start(again, folder)
             finish(process)
             one, two = (torch.load(f / "last.pt", weights_only=True) for f in (folder / name, killed))
             found = list(differences(one, two))
-            rows = [[{key: row.get(key) for key in SAME} for row in common.read_metrics(f)]
+            rows = [[{key: row.get(key) for key in SAME} for row in read_metrics(f)]
                     for f in (folder / name, killed)]
             found += [] if rows[0] == rows[1] else [f"metrics: {rows[0]} and {rows[1]}"]
             total, bad = total + len(kinds), bad + bool(found)

@@ -24,18 +24,23 @@ from harness.log import Figures, Log, wrapped
 from harness.parser import flag_text
 
 
-def open_run(args, recipes):
+def open_run(args, recipes, **derived):
     """The Run of a method: device, precision, pictures, and what a resumed run had. Use it in a `with` statement.
 
     args     of the method's parse_args(); complete afterwards: nothing writes to it any more.
     recipes  the method's table: kind of data -> flag -> value, for the flags that are None.
+    derived  flag -> () -> its value, for what follows from other flags.
     raises   UsageError for whatever does not fit or is not there; nothing but packed pictures is written then.
     """
     device, autocast, scaler = set_up(args)
     source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
     args.kind = source.kind
+    if source.kind not in recipes:
+        raise UsageError(f"--data {args.data}: RECIPES of {args.method}.py has no entry for its kind, {source.kind!r}")
     flags.fill_flags(args, recipes[source.kind])
     flags.check_batch(args, source)
+    for name, value in derived.items():
+        setattr(args, name, value())
     run = Run(args, source, device, autocast, scaler)
     with distributed.leader_first():
         dataset = pictures.pack(source, args.image_size, args.cache, ("train", args.knn_split), run.log.quiet,
@@ -181,6 +186,7 @@ class Run:
         check(self)  # no checkpoint of a broken network
         state = checkpoint.state_of(*self.parts, self.args, self.dataset, self.epoch, self.step)
         meters = {name: (meter.sum, meter.count) for name, meter in self.figures.meters.items()}
+        state["args"]["out"] = str(self.folder.path)  # also where no --out named it
         return state | {"seconds": self._seconds(), "meters": meters} | self.extra()
 
     def __enter__(self):

@@ -19,8 +19,7 @@ Label       the position of the class in `classes`; -1 = unlabelled.
 from .batches import Batches, Split, labelled
 from .decoding import decode, one_line
 from .folders import Folder, foreign_pictures, no_images
-from .named import NAMED_DATA, open_source
-from .sources import FOOD11, STATISTICS, Items, Source, lines_of
+from .sources import FOOD11, NAMED_DATA, STATISTICS, Items, Source, lines_of, open_source
 from .store import Dataset, pack, usable_cores
 from .toy import TOY_COUNT
 

@@ -61,8 +61,7 @@ class Batches:
 
     def __len__(self):
         """Steps per epoch."""
-        whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return (len(self.split) + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
 
     def order(self, epoch):
         """(N,) int64: the rows in the order of this epoch."""
@@ -85,13 +84,10 @@ class Batches:
         rows = [step.tensor_split(self.world)[self.rank] for step in steps]
         rows_there = torch.cat(rows).to(self.device).split([len(r) for r in rows])  # one transfer per epoch
         labels = self.split.labels.to(self.device)
-        prefetch = self.prefetch
-        if prefetch is None:
-            prefetch = self.device.type != "cpu" and not self.hold()
-        if prefetch:
+        if self.prefetch or (self.prefetch is None and self.device.type != "cpu" and not self.hold()):
             pixels = prefetched(self.split.images, rows, self.device)
         else:
-            images = self.split.images if self.device.type == "cpu" else self.split.held[self.device]
+            images = self.split.held.get(self.device, self.split.images)
             pixels = (images.index_select(0, index) for index in rows_there)
         try:
             for index, there, x in zip(rows, rows_there, pixels, strict=True):
@@ -102,13 +98,10 @@ class Batches:
     def hold(self):
         """Puts the images on the device if they fit comfortably; says whether they are there."""
         images, held = self.split.images, self.split.held
-        there = held.get(self.device)
-        if there is None or len(there) < len(images):
+        if len(held.get(self.device, ())) < len(images):  # of a labelled part, perhaps
             if images.numel() > 0.4 * free_memory(self.device):
                 return False
-            held[self.device] = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
-            for a in range(0, len(images), 4096):
-                held[self.device][a : a + 4096] = images[a : a + 4096].to(self.device)
+            held[self.device] = images.to(self.device)
         return True
 
 
@@ -129,10 +122,6 @@ def prefetched(images, rows, device):
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
 
-    def prepare():
-        if cuda:
-            torch.cuda.set_device(device)  # a new thread starts on device 0
-
     def fetch(index):
         host = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
         torch.index_select(images, 0, index, out=host)
@@ -140,7 +129,8 @@ def prefetched(images, rows, device):
             x = host.to(device, non_blocking=cuda)
             return x, stream.record_event() if cuda else None
 
-    with ThreadPoolExecutor(1, initializer=prepare) as thread:
+    # A new thread starts on device 0.
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if cuda else None, initargs=(device,)) as thread:
         ahead = deque(thread.submit(fetch, index) for index in rows[:3])
         for step in range(len(rows)):
             x, copied = ahead.popleft().result()

@@ -36,13 +36,9 @@ def image_extensions():
 
 
 def open_image(path):
-    """Pillow's image of a regular file, its pixels not read yet.
-
-    Raises for everything else (a pipe would be waited for), and for pictures of more than 179 million pixels:
-    a file of a few bytes can claim any number.
-    """
+    """Pillow's image, its pixels not read yet. Raises for more than 179 million: a few bytes can claim any number."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
+        raise ValueError("not a regular file")  # a pipe would be waited for
     return Image.open(path, formats=image_formats())  # by the file's content, whatever its name says
 
 
@@ -114,10 +110,10 @@ def significant_bits(image):
     """How many of a deep grey picture's bits its file says to have a meaning: PNG's sBIT, TIFF's BitsPerSample."""
     if image.format == "TIFF":
         return image.tag_v2.get(258, (16,))[0]
-    stated = None
-    if image.format == "PNG":
-        with open(image.filename, "rb") as file:  # Pillow skips this chunk, which comes before the pixels
-            stated = re.search(rb"\0\0\0\x01sBIT(.)", file.read(2**16).partition(b"IDAT")[0], re.DOTALL)
+    if image.format != "PNG":
+        return 16
+    with open(image.filename, "rb") as file:  # Pillow skips this chunk, which comes before the pixels
+        stated = re.search(rb"\0\0\0\x01sBIT(.)", file.read(2**16).partition(b"IDAT")[0], re.DOTALL)
     return stated[1][0] if stated else 16
 
 
@@ -130,3 +126,11 @@ def one_line(error, path=""):
         text += f": {error.filename}"
     text = printable(" ".join(text.split()))
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def map_bytes(path, count):
+    """The file as a (count,) uint8 tensor that is read page by page when it is used."""
+    try:
+        return torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8)
+    except RuntimeError:  # Linux refuses private mappings larger than its memory, not shared ones
+        return torch.from_file(str(path), shared=True, size=count, dtype=torch.uint8)

@@ -10,7 +10,7 @@ import time
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import torch
@@ -19,25 +19,13 @@ import torch.nn.functional as F
 from common import Progress, UsageError, printable
 
 from .batches import Split
-from .decoding import decode, one_line
+from .decoding import decode, map_bytes, one_line
 from .sources import SPLITS
 
 FORMAT = 2  # of a packed store; raise it when the same source would give other bytes
 
-
-@dataclass
-class Dataset:
-    """What `pack` gives. A split that the source lacks, or that was not asked for, is None."""
-
-    train: Split | None
-    val: Split | None
-    test: Split | None
-    classes: list
-    mean: tuple
-    std: tuple
-    size: int
-    name: str
-    kind: str
+# What `pack` gives. A split that the source lacks, or that was not asked for, is None; the others are of class Split.
+Dataset = make_dataclass("Dataset", "train val test classes mean std size name kind".split())
 
 
 def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_unreadable=False, workers=None):
@@ -47,9 +35,7 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
     cache            folder, default $XDG_CACHE_HOME/unlabeled or ~/.cache/unlabeled.
     skip_unreadable  leave out files that cannot be decoded, instead of refusing the source.
     workers          threads that decode, default one per core that this process may use.
-    returns          Dataset.
-    raises           UsageError: unreadable files (all of them listed in <cache>/<name>-unreadable.txt), a split
-                     of which nothing can be read, a cache folder that cannot be written.
+    returns          Dataset.  raises: UsageError, of files that cannot be read or a cache that cannot be written.
     """
     if size < 1:
         raise UsageError(f"--image-size {size}: must be at least 1")
@@ -59,45 +45,35 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
     except RuntimeError:  # a user without a home, in a container
         raise UsageError("no home folder to keep packed images in; choose a folder with --cache") from None
     packed = dict.fromkeys(SPLITS)
-    for split in SPLITS:
-        items = source.splits.get(split) if split in splits else None
-        if items and items.wrong:
-            raise UsageError(items.wrong)
-        if items:
+    for split, items in source.splits.items():
+        if items and split in splits:
+            if items.wrong:
+                raise UsageError(items.wrong)
             final = cache / f"{source.name}-{split}-{size}-{store_key(items, size)}"
             packed[split] = open_store(final)
             if packed[split] is None:
                 packed[split] = build_store(final, split, items, size, quiet, workers)
-    report_unreadable(packed, source, cache, skip_unreadable, quiet)
+    report_unreadable(packed, source, cache / f"{source.name}-unreadable.txt", skip_unreadable, quiet)
     for split, part in packed.items():
-        if part is not None and not quiet:
-            brightest = part.images[:: max(1, len(part) // 100)].flatten(1).amax(dim=1)  # of about a hundred
-            if (brightest <= 16).float().mean() > 0.5:
-                print(f"note    most {split} pictures are nearly black, at most 16 of 255; if they are deep ones "
-                      "that fill few of\n        their bits, scale them first", flush=True)
-    return Dataset(**packed, classes=source.classes, mean=source.mean, std=source.std, size=size, name=source.name,
-                   kind=source.kind)
+        if not quiet and part is not None and nearly_black(part.images[:: max(1, len(part) // 100)]):
+            print(f"note    most {split} pictures are nearly black, at most 16 of 255; if they are deep ones "
+                  "that fill few of\n        their bits, scale them first", flush=True)
+    return Dataset(*packed.values(), source.classes, source.mean, source.std, size, source.name, source.kind)
+
+
+def nearly_black(images):
+    return (images.flatten(1).amax(dim=1) <= 16).float().mean() > 0.5
 
 
 def store_key(items, size):
     """Changes when a file is added, removed, renamed, relabelled or written to, or when S changes."""
     digest = hashlib.sha256(repr((FORMAT, size, items.tag, items.labels)).encode())
     for path in items.files:
-        try:
-            found = os.stat(path)
-            facts = found.st_size, found.st_mtime_ns
-        except OSError:  # gone meanwhile: decoding will say so
-            facts = None
+        facts = None
+        with contextlib.suppress(OSError):  # gone meanwhile: decoding will say so
+            facts = os.stat(path).st_size, os.stat(path).st_mtime_ns
         digest.update(repr((path, facts)).encode())
     return digest.hexdigest()[:20]
-
-
-def map_bytes(path, count):
-    """The file as a (count,) uint8 tensor that is read page by page when it is used."""
-    try:
-        return torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8)
-    except RuntimeError:  # Linux refuses private mappings larger than its memory, not shared ones
-        return torch.from_file(str(path), shared=True, size=count, dtype=torch.uint8)
 
 
 def open_store(folder):
@@ -136,9 +112,10 @@ def build_store(final, split, items, size, quiet, workers):
         packed = publish(aside, final)
     except BrokenPipeError:  # of stdout: nobody reads the progress any more
         raise
-    except OSError as error:
-        raise UsageError(f"cannot keep packed images in {final.parent} ({error.strerror or one_line(error)}); "
-                         "make room there or choose another folder with --cache") from error
+    except (OSError, RuntimeError) as error:  # a mapping that is refused is torch's RuntimeError
+        why = one_line(error, getattr(error, "filename", ""))
+        raise UsageError(f"cannot keep packed images in {final.parent} ({why}); make room there or choose another "
+                         "folder with --cache") from error
     finally:
         remove(aside)
     if not quiet:
@@ -208,10 +185,7 @@ def create_images(folder, count, size):
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, needed)
-    try:
-        return torch.from_file(str(path), shared=True, size=needed, dtype=torch.uint8).view(count, 3, size, size)
-    except RuntimeError as error:
-        raise OSError(errno.ENOMEM, one_line(error)) from error
+    return torch.from_file(str(path), shared=True, size=needed, dtype=torch.uint8).view(count, 3, size, size)
 
 
 def fill(images, chunks):
@@ -253,30 +227,30 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def report_unreadable(packed, source, cache, skipping, quiet):
+def report_unreadable(packed, source, listing, skipping, quiet):
     """Lists what cannot be read, of all splits together, in a file, and says so; raises unless `skipping`."""
-    counts = {s: (len(split), len(split.skipped)) for s, split in packed.items() if split is not None}
-    bad = [(printable(path), why) for s in counts for path, why, _ in packed[s].skipped]
+    packed = {split: part for split, part in packed.items() if part is not None}
+    bad = [(printable(path), why) for part in packed.values() for path, why, _ in part.skipped]
     if not bad:
         return
-    listing = cache / f"{source.name}-unreadable.txt"
-    where = f"listed in {listing}"
     try:
         listing.write_text("".join(f"{path}\t{why}\n" for path, why in bad), encoding="utf-8")
+        where = f"listed in {listing}"
     except OSError as error:
         where = f"{listing} cannot be written: {error.strerror}"
-    empty = [s for s, (good, _) in counts.items() if not good]
+    empty = [split for split, part in packed.items() if not len(part)]
     if empty or not skipping:
         first = "; ".join(f"{path} ({why})" for path, why in bad[:3])
         more = f"; and {len(bad) - 3:,} more" if len(bad) > 3 else ""
         fix = (f"nothing is left of the {' and '.join(empty)} split" if skipping
                else "or go on without them: --skip-unreadable")
-        raise UsageError(f"{len(bad):,} of {sum(map(sum, counts.values())):,} images cannot be read: {first}{more} "
-                         f"({where}); repair or remove them, {fix}")
-    for s, (good, left_out) in counts.items():
-        if left_out and not quiet:
-            gone = sorted({*source.splits[s].labels} - {*packed[s].labels.tolist(), -1})
-            print(f"left out {left_out:,} of {good + left_out:,} {s} images that cannot be read" +
-                  (f"; none is left of class {', '.join(source.classes[c] for c in gone)}" if gone else ""))
+        raise UsageError(f"{len(bad):,} of {len(bad) + sum(map(len, packed.values())):,} images cannot be read: "
+                         f"{first}{more} ({where}); repair or remove them, {fix}")
+    for split, part in packed.items() if not quiet else ():
+        gone = [source.classes[c] for c in sorted({*source.splits[split].labels} - {*part.labels.tolist(), -1})]
+        none = f"; none is left of class {', '.join(gone)}" if gone else ""
+        if part.skipped:
+            print(f"left out {len(part.skipped):,} of {len(part) + len(part.skipped):,} {split} images that cannot be "
+                  f"read{none}")
     if not quiet:
         print(where, flush=True)

@@ -17,8 +17,8 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
-import data
 import knn
+import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR = ROOT.parent / "shared" / "cifar-10-batches-py"
@@ -121,7 +121,7 @@ def test_from_pictures_to_answers(run, food, tmp_path):
 
     if importlib.util.find_spec("matplotlib"):
         out = run("plot.py", "finetune", "from-scratch", "--out", "curves.png").stdout
-        assert "fine-tuned simsiam; from scratch" in out and Image.open(tmp_path / "curves.png").width > 500
+        assert "linear finetune; linear from-scratch" in out and Image.open(tmp_path / "curves.png").width > 500
 
     run("export.py", "finetune", "net.pth")
     about = json.loads((tmp_path / "net.json").read_text())
@@ -131,7 +131,7 @@ def test_from_pictures_to_answers(run, food, tmp_path):
     answers = json.loads(run("predict.py", "--checkpoint", "finetune", "food-11/testing", "--json", "--amp",
                              "off").stdout)
     for answer in answers:  # torchvision's network on our view of the file gives our probabilities
-        pixels, aspect = data.decode(tmp_path / answer["file"], about["image_size"])
+        pixels, aspect = pictures.decode(tmp_path / answer["file"], about["image_size"])
         x = knn.evaluation_view(pixels[None], torch.tensor([aspect]), about["image_size"], about["mean"], about["std"])
         theirs = net.eval()(x).softmax(dim=1)[0]
         assert theirs[answer["class_index"]].item() == pytest.approx(answer["probability"], abs=1e-4)
@@ -161,6 +161,8 @@ def test_a_copied_method_runs(run, food, tmp_path):
     """Fork one file: copy it beside the others under another name, or elsewhere with them on the path."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
+    for package in ("harness", "pictures"):
+        shutil.copytree(ROOT / package, tmp_path / package)
     (tmp_path / "simsiam.py").rename(tmp_path / "mine.py")
     out = run(tmp_path / "mine.py", "--data", food, *TINY, "--max-steps", "2", "--out", "run").stdout
     assert "epoch 1/1" in out and (tmp_path / "run/last.pt").exists()
@@ -198,6 +200,7 @@ HOMES = {
 def test_every_path_may_begin_with_the_home_folder(monkeypatch, tmp_path, program):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "d").mkdir()
+    monkeypatch.setattr(importlib.import_module(program), "inherit", lambda args: None, raising=False)  # no run there
     args = importlib.import_module(program).parse_args(HOMES[program].split())
     values = vars(args[0] if isinstance(args, tuple) else args).values()
     values = [str(part) for value in values for part in (value if isinstance(value, list) else [value])]

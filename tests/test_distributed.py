@@ -14,12 +14,15 @@ import torch.nn as nn
 
 import augment
 import common
-import data
-import distributed
+import harness
 import moco
+import pictures
 import rotnet
 import simclr
 import simsiam
+from harness import distributed
+from harness.flags import check_batch
+from harness.folder import read_metrics
 
 METHODS = {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}
 N = 12  # images of a whole batch
@@ -147,13 +150,13 @@ def check_shuffling():
 def check_shares():
     """Every image once an epoch; draws that differ between processes and together are those of one process."""
     images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 3, 4, 4).contiguous()
-    split = data.Split(images, torch.zeros(50, dtype=torch.long), torch.ones(50), [""] * 50)
+    split = pictures.Split(images, torch.zeros(50, dtype=torch.long), torch.ones(50), [""] * 50)
     rank, world = distributed.rank(), distributed.size()
-    loader = data.Batches(split, N, "cpu", seed=0, rank=rank, world=world)
+    loader = pictures.Batches(split, N, "cpu", seed=0, rank=rank, world=world)
     mine = torch.cat([index for _, _, _, index in loader.batches(3)])
     everyone = distributed.gather(mine)
     assert len(everyone) == 48 and len(set(everyone.tolist())) == 48
-    whole = torch.cat([index for _, _, _, index in data.Batches(split, N, "cpu", seed=0).batches(3)])
+    whole = torch.cat([index for _, _, _, index in pictures.Batches(split, N, "cpu", seed=0).batches(3)])
     parts = everyone.view(world, 4, N // world).transpose(0, 1)
     assert torch.equal(parts.reshape(-1), whole)  # the very batches of one process, in their order
 
@@ -247,18 +250,18 @@ def test_runs_are_written_once_and_go_on_with_one_or_three_processes(outcomes):
     folder, _ = outcomes
     jobs = []
     for name, method in METHODS.items():
-        rows = common.read_metrics(folder / f"{name}-2")
+        rows = read_metrics(folder / f"{name}-2")
         assert [(row["epoch"], row["step"]) for row in rows] == [(0, 0), (1, 3), (2, 4)]
         assert all(row["knn"] is not None for row in rows)
-        assert common.load_checkpoint(folder / f"{name}-2", name)["step"] == 4
+        assert harness.load_checkpoint(folder / f"{name}-2", name)["step"] == 4
         shutil.copytree(folder / f"{name}-2", folder / name)
         resume = ["--resume", str(folder / name), "--max-steps"]
         method.main([*resume, "6"])  # on one process
         jobs.append((name, method.main, ([*resume, "8", "--epochs", "3"],)))
     assert set(launch(3, folder, jobs).values()) == {""}
     for name in METHODS:
-        assert common.load_checkpoint(folder / name, name)["step"] == 8
-        assert [row["epoch"] for row in common.read_metrics(folder / name)] == [0, 1, 2, 3]
+        assert harness.load_checkpoint(folder / name, name)["step"] == 8
+        assert [row["epoch"] for row in read_metrics(folder / name)] == [0, 1, 2, 3]
 
 
 def test_moco_on_two_processes_loses_what_one_process_loses(outcomes):
@@ -267,14 +270,14 @@ def test_moco_on_two_processes_loses_what_one_process_loses(outcomes):
     alone = [*flags(folder, "moco"), "--bn-splits", "2", "--queue-size", "24"]
     alone[alone.index("--out") + 1] = str(folder / "moco-1")
     moco.main(alone)
-    one, two = (common.read_metrics(folder / f"moco-{n}") for n in (1, 2))
+    one, two = (read_metrics(folder / f"moco-{n}") for n in (1, 2))
     assert [row["loss"] for row in two][1:3] == pytest.approx([row["loss"] for row in one][1:], abs=1e-4)
 
 
 def test_wrong_numbers_of_processes(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 5)
-    source = type("Source", (), {"splits": {"train": data.Items([], [], counts=(40, 0))}})
+    source = type("Source", (), {"splits": {"train": pictures.Items([], [], counts=(40, 0))}})
     args = type("Args", (), {"batch_size": 12})
     with pytest.raises(common.UsageError, match="--batch-size 12.*multiple of their number, 5: take 10"):
-        common.fill_recipe(args, {}, source)
+        check_batch(args, source)

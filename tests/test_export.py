@@ -9,6 +9,7 @@ import torchvision
 
 import common
 import export
+import harness
 import moco
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -24,12 +25,12 @@ def make_checkpoint(path, backbone, stem, width, **extra):
                 module.bias.normal_(0, 0.1)
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    args = argparse.Namespace(image_size=32, stem=stem, width=width, data="toy")
+    args = argparse.Namespace(image_size=32, stem=stem, width=width, data="toy", method="moco")
     dataset = argparse.Namespace(classes=["cat", "dog", "emu"], mean=MEAN, std=STD)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = common.checkpoint_state("moco", model, optimizer, scaler, 1, 1, args, dataset)
-    common.save_checkpoint(path, state | extra)
+    state = harness.checkpoint.state_of(model, optimizer, scaler, {}, args, dataset, 1, 1)
+    harness.checkpoint.save(path, state | extra)
     return model.backbone.eval()
 
 
@@ -150,6 +151,20 @@ def test_wrong_uses_end_in_one_clear_line_and_change_nothing(tiny, tmp_path, cap
         err = capsys.readouterr().err
         assert end.value.code == 2 and len(err.splitlines()) == 1 and words in err, (flags, err)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("backbone, stem, width", [
+    (common.ResNet18(width=4), "cifar", 8), (common.ResNet18(width=64), "imagenet", 64),
+    (torchvision.models.resnet34(num_classes=2), "imagenet", 64), (torch.nn.Linear(3, 4), "cifar", 64)])
+def test_another_backbone_is_refused(tmp_path, monkeypatch, capsys, backbone, stem, width):
+    monkeypatch.chdir(tmp_path)
+    backbone.dim = 8
+    make_checkpoint(tmp_path / "last.pt", backbone, stem, width)
+    with pytest.raises(SystemExit) as end:
+        export.main([".", "net.pth"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and len(err.splitlines()) == 1 and "last.pt: its backbone is not a ResNet-18" in err
+    assert not (tmp_path / "net.pth").exists() and not (tmp_path / "net.json").exists()
 
 
 def test_force_overwrites(tiny, tmp_path):

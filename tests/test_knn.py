@@ -10,8 +10,8 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 import common
-import data
 import knn
+import pictures
 
 
 def by_loops(queries, bank, labels, classes, k, temperature):
@@ -70,7 +70,7 @@ def make_split(n, labels=None, seed=0):
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=g, dtype=torch.uint8)
     labels = torch.arange(n) % 2 if labels is None else labels
-    return data.Split(images, labels, torch.ones(n), [f"{i}.png" for i in range(n)])
+    return pictures.Split(images, labels, torch.ones(n), [f"{i}.png" for i in range(n)])
 
 
 def make_dataset(**changes):
@@ -81,6 +81,15 @@ def make_dataset(**changes):
 
 def no_autocast():
     return torch.autocast("cpu", enabled=False)
+
+
+def make_monitor(dataset, k=200, said=None, **flags):
+    """Monitor of a run that is before its first step; what the run says goes into the list `said`."""
+    args = types.SimpleNamespace(**dict(knn_split="val", knn_every=1, knn_k=k, knn_t=0.1) | flags)
+    say = (said if said is not None else []).append
+    run = types.SimpleNamespace(args=args, dataset=dataset, device=torch.device("cpu"), autocast=no_autocast, say=say)
+    run.epoch, run.last = 0, False
+    return knn.Monitor(run)
 
 
 def test_every_image_counts_once_and_in_order():
@@ -95,7 +104,7 @@ def test_every_image_counts_once_and_in_order():
 def test_monitor_leaves_the_network_as_it_was():
     backbone = common.ResNet18(width=4)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    monitor = knn.Monitor(make_dataset(), torch.device("cpu"), no_autocast, k=5)
+    monitor = make_monitor(make_dataset(), k=5)
     backbone.train()
     first = monitor(backbone)
     assert backbone.training and backbone.layer4[1].bn2.training
@@ -108,7 +117,7 @@ def test_monitor_leaves_the_network_as_it_was():
 def test_monitor_counts_what_knn_predict_predicts():
     torch.manual_seed(0)
     dataset, backbone = make_dataset(train=make_split(60), val=make_split(31)), common.ResNet18(width=4)
-    scores = knn.Monitor(dataset, torch.device("cpu"), no_autocast, k=40)(backbone)
+    scores = make_monitor(dataset, k=40)(backbone)
     bank, queries = (knn.extract(knn.Layers(backbone), split, dataset, torch.device("cpu"), no_autocast)["layer4"]
                      for split in (dataset.train, dataset.val))
     for name, k in (("knn", 40), ("knn_20", 20), ("knn_10", 10)):
@@ -123,7 +132,7 @@ def test_monitor_finds_the_class_that_is_in_the_pixels():
         return split
 
     dataset = make_dataset(train=dark_or_bright(40), val=dark_or_bright(21))
-    monitor = knn.Monitor(dataset, torch.device("cpu"), no_autocast, k=5)
+    monitor = make_monitor(dataset, k=5)
     torch.manual_seed(0)
     assert monitor(common.ResNet18(width=16))["knn"] == 100.0
 
@@ -131,12 +140,24 @@ def test_monitor_finds_the_class_that_is_in_the_pixels():
 def test_unlabelled_images_neither_vote_nor_count():
     train = make_split(30, torch.cat([torch.arange(20) % 2, torch.full((10,), -1)]))
     dataset = make_dataset(train=train)
-    monitor = knn.Monitor(dataset, torch.device("cpu"), no_autocast, k=5)
+    monitor = make_monitor(dataset, k=5)
     assert len(monitor.bank) == 20 and monitor(common.ResNet18(width=4))["knn"] is not None
     unlabelled = make_dataset(train=make_split(9, torch.full((9,), -1)))
-    monitor = knn.Monitor(unlabelled, torch.device("cpu"), no_autocast)
-    assert monitor(common.ResNet18(width=4)) == {"knn": None} and "labelled" in monitor.missing
-    assert "val" in knn.Monitor(make_dataset(val=None), torch.device("cpu"), no_autocast).missing
+    said = []
+    assert make_monitor(unlabelled, said=said)(common.ResNet18(width=4)) == {"knn": None}
+    assert make_monitor(make_dataset(val=None), said=said)(common.ResNet18(width=4)) == {"knn": None}
+    assert said == ["note    no kNN: no labelled training images", "note    no kNN: no labelled val images"]
+
+
+def test_evaluations_are_due_before_the_first_step_after_so_many_epochs_and_after_the_last():
+    backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    for every, due in ((2, {0, 2, 4, 6}), (5, {0, 5, 6}), (0, set())):
+        monitor = make_monitor(make_dataset(), k=5, knn_every=every)
+        for epoch in range(7):
+            monitor.run.epoch, monitor.run.last = epoch, epoch == 6
+            assert monitor.due == (epoch in due)
+            assert (monitor(backbone)["knn"] is not None) == monitor.due
+            assert (monitor(backbone, now=True)["knn"] is not None) == (every > 0)
 
 
 def test_evaluation_view_is_the_central_square_of_the_original():
@@ -222,8 +243,8 @@ def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):
     features = {"bank": torch.eye(6), "queries": torch.eye(6).roll(3, 0)}  # one vote: never the right class
     dataset = types.SimpleNamespace(train=make_split(6, labels), val=make_split(6, labels), classes=classes)
     dataset.train.paths, source = ["bank"] * 6, types.SimpleNamespace(description=[])
-    monkeypatch.setattr(common, "load_checkpoint", lambda path: {"args": {"skip_unreadable": False}})
-    monkeypatch.setattr(common, "load_backbone", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(knn.weights, "load_pretrained", lambda args: {"args": {"skip_unreadable": False}})
+    monkeypatch.setattr(knn.weights, "load_backbone", lambda *_: torch.nn.Identity())
     monkeypatch.setattr(knn, "open_data", lambda *_: (source, dataset))
     monkeypatch.setattr(knn, "extract", lambda network, split, *_: {
         "layer4": features["bank" if split.paths and split.paths[0] == "bank" else "queries"]})

@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-import common
-import data
+import pictures
+from harness.folder import read_metrics
 
 # flags, and by how many points of kNN the features must get better than those of the untrained network. Other seeds
 # and numbers of threads gave at least twice as much.
@@ -22,14 +22,14 @@ def train(tmp_path_factory):
     """train("moco", flags...) on 1,500 glyphs and 500 for validation; returns the rows of its metrics."""
     folder = tmp_path_factory.mktemp("toy")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.TOY_COUNT, "train", 1500)
-        patch.setitem(data.TOY_COUNT, "val", 500)
+        patch.setitem(pictures.TOY_COUNT, "train", 1500)
+        patch.setitem(pictures.TOY_COUNT, "val", 500)
 
         def start(method, *flags):
             out = folder / "-".join((method, *flags)).replace(".", "_")
             plumbing = ["--cache", str(folder), "--out", str(out), "--quiet", "--device", "cpu"]
             importlib.import_module(method).main([*plumbing, "--width", "8", "--seed", "1", *flags])
-            return common.read_metrics(out)
+            return read_metrics(out)
 
         yield start
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-import data
+import harness
 import knn
 import linear
+import pictures as sets
 import predict
 
 COUNTS = {"train": (12, 20, 8), "val": (5, 9, 3), "test": (4, 2, 6)}
@@ -63,11 +64,11 @@ def make_pretrained(folder, pictures, seed=0, **changes):
     args = dict(image_size=16, stem="cifar", width=4, data=str(pictures), data_root=None, skip_unreadable=False,
                 cache=str(pictures.parent / "cache"), knn_split="val")
     dataset = types.SimpleNamespace(classes=["x"], mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-    state = common.checkpoint_state("simsiam", model, torch.optim.SGD(model.parameters(), 0.1),
-                                    torch.amp.GradScaler("cpu", enabled=False), 1, 1,
-                                    argparse.Namespace(**args | changes), dataset)
+    state = harness.checkpoint.state_of(model, torch.optim.SGD(model.parameters(), 0.1),
+                                        torch.amp.GradScaler("cpu", enabled=False), {},
+                                        argparse.Namespace(**args | changes, method="simsiam"), dataset, 1, 1)
     folder.mkdir(parents=True, exist_ok=True)
-    common.save_checkpoint(folder / "last.pt", state)
+    harness.checkpoint.save(folder / "last.pt", state)
     return folder
 
 
@@ -80,7 +81,7 @@ def go(checkpoint, out, *flags):
     """Run linear.py quietly; returns the run's linear.pt."""
     linear.main(["--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu", "--amp", "off", "--quiet",
                  *map(str, flags)])
-    return common.load_checkpoint(out / "linear.pt")
+    return harness.load_checkpoint(out / "linear.pt")
 
 
 def equal(one, two):
@@ -101,7 +102,7 @@ def equal(one, two):
 
 def features_by_hand(checkpoint, pictures, split):
     """Pooled features of every labelled picture of a split, in double, straight from the files."""
-    backbone = common.load_backbone(checkpoint).double()
+    backbone = harness.load_backbone(checkpoint).double()
     mean, std = (torch.tensor(checkpoint[k], dtype=torch.float64).view(3, 1, 1) for k in ("mean", "std"))
     rows, labels = [], []
     for label, name in enumerate(CLASSES):
@@ -117,7 +118,7 @@ def test_two_steps_equal_logistic_regression_by_hand(pretrained, pictures, tmp_p
     """Multinomial logistic regression in loops and double: gradient, momentum, cosine, standardised features."""
     saved = go(pretrained, tmp_path / "run", "--epochs", 2, "--lr", 3, "--eval-every", 2,
                *(["--raw-features"] if raw else []))
-    f, labels = features_by_hand(common.load_checkpoint(pretrained), pictures, "train")
+    f, labels = features_by_hand(harness.load_checkpoint(pretrained), pictures, "train")
     n, lr = len(f), 3 * len(f) / 256
     assert n == 40 == sum(COUNTS["train"])  # the unlabelled ones do not train
     m, s = (f[0] * 0, f[0] * 0 + 1) if raw else (f.mean(0), ((f - f.mean(0)) ** 2).mean(0).sqrt())
@@ -179,9 +180,9 @@ def test_accuracies_by_hand():
 
 @pytest.mark.parametrize("way", ["--cached", "--probe"])
 def test_frozen_means_every_bit_of_weights_and_buffers(pretrained, tmp_path, way):
-    before = common.load_checkpoint(pretrained)["backbone"]
+    before = harness.load_checkpoint(pretrained)["backbone"]
     saved = go(pretrained, tmp_path / "run", way, "--epochs", 3)
-    assert equal(saved["backbone"], before) and equal(common.load_checkpoint(tmp_path / "run")["backbone"], before)
+    assert equal(saved["backbone"], before) and equal(harness.load_checkpoint(tmp_path / "run")["backbone"], before)
     assert len(saved["optimizer"]["param_groups"][0]["params"]) == 2  # weight and bias of the linear layer
     assert saved["method"] == "linear" and saved["layer"] == "layer4"
     assert saved["args"]["way"] == way[2:] and saved["args"]["checkpoint"] == str(pretrained)
@@ -209,7 +210,7 @@ def test_a_backbone_that_is_not_frozen_is_found_out(pretrained, tmp_path, monkey
 
 
 def test_fine_tuning_starts_at_the_checkpoint_and_moves_all_of_it(pretrained, tmp_path):
-    before = common.load_checkpoint(pretrained)["backbone"]
+    before = harness.load_checkpoint(pretrained)["backbone"]
     still = go(pretrained, tmp_path / "still", "--finetune", "--max-steps", 1, "--lr", 1e-9)["backbone"]
     moved = go(pretrained, tmp_path / "moved", "--finetune", "--epochs", 1)["backbone"]
     for name, value in before.items():
@@ -234,11 +235,11 @@ def test_from_scratch_needs_no_run(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = ["--from-scratch", "--data", str(pictures), "--amp", "off", "--device", "cpu"]
     linear.main([*flags, "--width", "4", "--image-size", "16", "--max-steps", "1", "--out", str(tmp_path / "run")])
-    saved = common.load_checkpoint(tmp_path / "run/linear.pt")
+    saved = harness.load_checkpoint(tmp_path / "run/linear.pt")
     assert (saved["width"], saved["image_size"], saved["stem"]) == (4, 16, "imagenet")  # as photos have
-    assert saved["mean"] == data.STATISTICS["imagenet"][0] and saved["args"]["checkpoint"] is None
+    assert saved["mean"] == sets.STATISTICS["imagenet"][0] and saved["args"]["checkpoint"] is None
     linear.main(["--resume", str(tmp_path / "run"), "--max-steps", "2", "--quiet"])
-    assert common.load_checkpoint(tmp_path / "run")["step"] == 2
+    assert harness.load_checkpoint(tmp_path / "run")["step"] == 2
     predict.main(["--checkpoint", str(tmp_path / "run"), "--json", str(pictures / "val/ape/0.png")])
     knn.main(["--checkpoint", str(tmp_path / "run"), "--k", "3"])
     capsys.readouterr()
@@ -250,28 +251,27 @@ def test_from_scratch_needs_no_run(pictures, tmp_path, monkeypatch, capsys):
         assert words in capsys.readouterr().err
     go_on = ["--weights", str(tmp_path / "run"), "--image-size", "16", "--data", str(pictures), "--epochs", "1"]
     linear.main([*go_on, "--quiet", "--out", str(tmp_path / "second")])
-    assert equal(common.load_checkpoint(tmp_path / "second")["backbone"],
-                 common.load_checkpoint(tmp_path / "run")["backbone"])
+    assert equal(harness.load_checkpoint(tmp_path / "second")["backbone"],
+                 harness.load_checkpoint(tmp_path / "run")["backbone"])
 
 
 def test_from_scratch_without_data_is_toy(monkeypatch, tmp_path):
     """Shape and data are those that the methods take without a flag."""
     args, _ = linear.parse_args(["--from-scratch"])
-    linear.inherit(args, common.load_pretrained(args))
     assert args.data == "toy" and args.image_size is args.stem is args.width is None
 
 
 @pytest.mark.parametrize("way", ["--cached", "--probe", "--finetune", "--from-scratch"])
 def test_weights_alone_are_as_good_as_their_run(pretrained, pictures, tmp_path, monkeypatch, way):
     """The file a stranger would write, at the size and with the statistics of the run."""
-    saved = common.load_checkpoint(pretrained)
+    saved = harness.load_checkpoint(pretrained)
     torch.save({f"backbone.{name}": value for name, value in saved["backbone"].items()}, tmp_path / "net.pth")
-    monkeypatch.setitem(data.STATISTICS, "imagenet", (saved["mean"], saved["std"]))
+    monkeypatch.setitem(sets.STATISTICS, "imagenet", (saved["mean"], saved["std"]))
     flags = [way, "--max-steps", 2, "--cache", pictures.parent / "cache"]
     whole = go(pretrained, tmp_path / "whole", *flags)
     linear.main(["--weights", str(tmp_path / "net.pth"), "--data", str(pictures), "--image-size", "16", "--quiet",
                  "--out", str(tmp_path / "alone"), "--device", "cpu", "--amp", "off", *map(str, flags)])
-    alone = common.load_checkpoint(tmp_path / "alone/linear.pt")
+    alone = harness.load_checkpoint(tmp_path / "alone/linear.pt")
     assert equal(whole["model"], alone["model"]) and alone["args"]["weights"] == str(tmp_path / "net.pth")
     assert "weights " in (tmp_path / "alone/log.txt").read_text()
     (tmp_path / "net.pth").unlink()
@@ -301,7 +301,7 @@ def test_label_subsets_are_stratified_seeded_and_nested():
 
 
 def test_a_part_keeps_images_and_labels_together():
-    split = data.Split(torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 2, 2),
+    split = sets.Split(torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 2, 2),
                        torch.arange(60) // 20, torch.arange(60) / 10, [str(i) for i in range(60)])
     part = linear.take_part(split, 0.25, seed=3)
     for i, path in enumerate(part.paths):
@@ -311,7 +311,7 @@ def test_a_part_keeps_images_and_labels_together():
 
 
 def test_an_epoch_of_few_labels_shows_each_of_them_equally_often():
-    split = data.Split(torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.arange(10) % 2, torch.ones(10), [""] * 10)
+    split = sets.Split(torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.arange(10) % 2, torch.ones(10), [""] * 10)
     features = torch.arange(10.0)[:, None]
     batches = linear.CachedPasses(features, split, 4, 7, "cpu", seed=0, drop_last=False)
     epochs = [list(batches.batches(epoch)) for epoch in (0, 1)]
@@ -330,18 +330,18 @@ def test_label_fraction_of_a_run(pretrained, tmp_path):
     log = (tmp_path / "run/log.txt").read_text()
     assert "trains  on 10 labelled images, 4 passes per epoch" in log  # 3, 5 and 2
     assert saved["args"]["batch_size"] == 10 and saved["args"]["label_fraction"] == 0.25
-    row = common.read_metrics(tmp_path / "run")[-1]
+    row = harness.folder.read_metrics(tmp_path / "run")[-1]
     assert row["step"] == 8 and json.loads((tmp_path / "run/scores.json").read_text())["val"]["images"] == 17
 
 
 def opened_splits(monkeypatch):
-    seen, pack = [], data.pack
+    seen, pack = [], sets.pack
 
     def spy(source, size, cache=None, splits=("train", "val"), *args):
         seen.extend(splits)
         return pack(source, size, cache, splits, *args)
 
-    monkeypatch.setattr(data, "pack", spy)
+    monkeypatch.setattr(sets, "pack", spy)
     return seen
 
 
@@ -353,14 +353,14 @@ def test_the_test_split_is_opened_and_scored_only_on_demand(pretrained, tmp_path
     assert seen[2:] == ["train", "val", "test"]
     scores = json.loads((tmp_path / "with/scores.json").read_text())
     assert {name: s["images"] for name, s in scores.items()} == {"val": 17, "test": 12}
-    one, two = (common.load_checkpoint(tmp_path / n / "linear.pt") for n in ("without", "with"))
+    one, two = (harness.load_checkpoint(tmp_path / n / "linear.pt") for n in ("without", "with"))
     assert equal(one["model"], two["model"])  # looking at it changes nothing
-    assert all("test" not in name for row in common.read_metrics(tmp_path / "with") for name in row)
+    assert all("test" not in name for row in harness.folder.read_metrics(tmp_path / "with") for name in row)
 
 
 def test_validation_chooses_the_weights(pretrained, tmp_path):
     saved = go(pretrained, tmp_path / "run", "--epochs", 30, "--eval-every", 1, "--lr", 8)
-    rows = common.read_metrics(tmp_path / "run")
+    rows = harness.folder.read_metrics(tmp_path / "run")
     assert [row["epoch"] for row in rows] == list(range(31)) and rows[0]["loss"] is None
     assert {"epoch", "step", "seconds", "loss", "lr", "images_per_second", "top1", "top5", "class_mean",
             "train_top1", "val_loss"} == set(rows[1])
@@ -376,11 +376,11 @@ def test_losses_of_training_and_validation_images(pretrained, pictures, tmp_path
     """By hand, and in double: of the first step, when nothing is known yet, and of validation images after it."""
     flags = ["--epochs", 1, "--eval-every", 1, "--raw-features", "--focal-gamma", gamma, "--focal-alpha", alpha]
     saved = go(pretrained, tmp_path / "run", *flags)
-    f, labels = features_by_hand(common.load_checkpoint(pretrained), pictures, "val")
+    f, labels = features_by_hand(harness.load_checkpoint(pretrained), pictures, "val")
     weight, bias = (saved["classifier"][name].double() for name in ("weight", "bias"))
     p = [torch.softmax(weight @ x + bias, dim=0)[label] for x, label in zip(f, labels, strict=True)]
     expected = sum(-alpha * (1 - q) ** gamma * q.log() for q in p) / len(p)
-    untrained, row = common.read_metrics(tmp_path / "run")
+    untrained, row = harness.folder.read_metrics(tmp_path / "run")
     assert row["val_loss"] == pytest.approx(expected.item(), rel=1e-3)
     chance = alpha * (2 / 3) ** gamma * math.log(3)
     assert row["loss"] == pytest.approx(chance, rel=0.1) and untrained["val_loss"] == pytest.approx(chance, rel=0.1)
@@ -395,14 +395,14 @@ def test_stops_after_the_evaluation_that_reaches_an_accuracy(pretrained, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(linear, "accuracies", lambda logits, truth: dict(top1=next(scores, 80.0), top5=0, class_mean=0))
         saved = go(pretrained, tmp_path / "run", *flags, "--stop-at-accuracy", 70)
-    rows = common.read_metrics(tmp_path / "run")
+    rows = harness.folder.read_metrics(tmp_path / "run")
     assert [row["epoch"] for row in rows] == [0, 2, 4] and saved["epoch"] == 4
-    assert common.load_checkpoint(tmp_path / "run")["epoch"] == 4 and (tmp_path / "run/scores.json").exists()
+    assert harness.load_checkpoint(tmp_path / "run")["epoch"] == 4 and (tmp_path / "run/scores.json").exists()
     assert "stopped 70.00 % of validation images are right: --stop-at-accuracy 70" in (
         tmp_path / "run/log.txt").read_text()
     linear.main(["--resume", str(tmp_path / "run"), "--stop-at-accuracy", "100", "--quiet"])
-    resumed = common.load_checkpoint(tmp_path / "run")
-    assert resumed["epoch"] == 8 and equal(resumed["model"], common.load_checkpoint(tmp_path / "whole")["model"])
+    resumed = harness.load_checkpoint(tmp_path / "run")
+    assert resumed["epoch"] == 8 and equal(resumed["model"], harness.load_checkpoint(tmp_path / "whole")["model"])
     assert whole["classes"] == resumed["classes"]
 
 
@@ -410,8 +410,8 @@ def test_a_rate_per_step(pretrained, tmp_path):
     flags = ["--schedule", "steps", "--epochs", 1, "--max-steps", 1, "--optimizer", "adamw"]  # needs no --lr besides
     for folder, rate in (("one", ["--step-lr", 0.01]), ("two", ["--lr", 0.01 * 256 / 40])):
         go(pretrained, tmp_path / folder, *flags, *rate)
-    one, two = (common.load_checkpoint(tmp_path / folder) for folder in ("one", "two"))
-    assert equal(one["model"], two["model"]) and common.read_metrics(tmp_path / "one")[-1]["lr"] == 0.01
+    one, two = (harness.load_checkpoint(tmp_path / folder) for folder in ("one", "two"))
+    assert equal(one["model"], two["model"]) and harness.folder.read_metrics(tmp_path / "one")[-1]["lr"] == 0.01
 
 
 def test_without_validation_the_last_weights_count(pretrained, pictures, tmp_path, monkeypatch):
@@ -421,9 +421,9 @@ def test_without_validation_the_last_weights_count(pretrained, pictures, tmp_pat
     seen = opened_splits(monkeypatch)
     saved = go(pretrained, tmp_path / "all", "--no-validation", "--test", "--data", tmp_path / "zoo", "--epochs", 20)
     assert seen == ["train", "test"] and saved["args"]["knn_split"] == "test"
-    assert equal(saved["model"], common.load_checkpoint(tmp_path / "all")["model"])
+    assert equal(saved["model"], harness.load_checkpoint(tmp_path / "all")["model"])
     assert "on 40 labelled images" in (tmp_path / "all/log.txt").read_text()
-    assert all(row["top1"] is None for row in common.read_metrics(tmp_path / "all"))
+    assert all(row["top1"] is None for row in harness.folder.read_metrics(tmp_path / "all"))
     assert json.loads((tmp_path / "all/scores.json").read_text()).keys() == {"test"}
     go(pretrained, tmp_path / "held", "--data", tmp_path / "zoo", "--epochs", 1)
     assert "on 36 labelled images" in (tmp_path / "held/log.txt").read_text()
@@ -457,12 +457,12 @@ def test_other_data_bring_their_classes_and_keep_the_networks_view(pretrained, p
 
 def figures(folder):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "knn_seconds")}
-            for row in common.read_metrics(folder)]
+            for row in harness.folder.read_metrics(folder)]
 
 
 def same_runs(one, two):
     for name in ("last.pt", "linear.pt"):
-        a, b = (common.load_checkpoint(folder / name) for folder in (one, two))
+        a, b = (harness.load_checkpoint(folder / name) for folder in (one, two))
         for key in ("model", "optimizer", "classifier", "step", "epoch", "rng"):
             assert equal(a[key], b[key]), (name, key)
     assert figures(one) == figures(two)
@@ -472,19 +472,19 @@ def same_runs(one, two):
 def test_a_signal_in_mid_epoch_and_a_resume_change_nothing(pretrained, tmp_path, monkeypatch, way):
     flags = [way, "--epochs", 3, "--batch-size", 8, "--eval-every", 1, "--label-fraction", 0.5]
     go(pretrained, tmp_path / "whole", *flags)
-    after_step = common.Run.after_step
+    schedule = common.LRScheduler.step
 
-    def stop_at_7(self, step, lr, loss):
-        if step == 7:
+    def stop_in_7(self, step):
+        if step == 6:  # from 0
             os.kill(os.getpid(), signal.SIGTERM)
-        after_step(self, step, lr, loss)
+        return schedule(self, step)
 
-    monkeypatch.setattr(common.Run, "after_step", stop_at_7)
+    monkeypatch.setattr(common.LRScheduler, "step", stop_in_7)
     with pytest.raises(SystemExit) as end:
         go(pretrained, tmp_path / "killed", *flags)
     monkeypatch.undo()
     assert end.value.code == 128 + signal.SIGTERM
-    assert common.load_checkpoint(tmp_path / "killed")["step"] == 7  # of five an epoch
+    assert harness.load_checkpoint(tmp_path / "killed")["step"] == 7  # of five an epoch
     linear.main(["--resume", str(tmp_path / "killed"), "--quiet"])
     same_runs(tmp_path / "whole", tmp_path / "killed")
 
@@ -494,7 +494,7 @@ def test_killed_before_any_write_a_resumed_run_is_the_same(pretrained, tmp_path,
     """Without warning, and between the writes of one epoch too: the best file and last.pt."""
     flags = ["--epochs", 4, "--eval-every", 1, "--save-every", 1, "--lr", 8]
     go(pretrained, tmp_path / "whole", *flags)
-    save, calls = common.save_checkpoint, []
+    save, calls = harness.checkpoint.save, []
 
     class Killed(BaseException):
         pass
@@ -505,7 +505,7 @@ def test_killed_before_any_write_a_resumed_run_is_the_same(pretrained, tmp_path,
             raise Killed
         save(path, state)
 
-    monkeypatch.setattr(common, "save_checkpoint", die)
+    monkeypatch.setattr(harness.checkpoint, "save", die)
     with pytest.raises(Killed):
         go(pretrained, tmp_path / "killed", *flags)
     monkeypatch.undo()
@@ -526,25 +526,25 @@ def test_a_resumed_run_needs_the_pre_training_run_no_more(pictures, tmp_path):
 
 def test_two_runs_of_one_second_get_folders_of_their_own(pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(harness.folder.time, "strftime", lambda form: "20260101-000000")
     for _ in range(3):
         linear.main(["--checkpoint", str(pretrained), "--epochs", "1", "--quiet"])
     name = "linear-cached-zoo-20260101-000000"
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [name, f"{name}-2", f"{name}-3"]
-    saved = common.load_checkpoint(tmp_path / f"runs/{name}-3/linear.pt")
+    saved = harness.load_checkpoint(tmp_path / f"runs/{name}-3/linear.pt")
     assert saved["args"]["out"] == f"runs/{name}-3"
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "lars", "--lr", 5], ["--optimizer", "adamw", "--lr", 0.05]])
 def test_other_optimisers_learn_too(pretrained, tmp_path, flags):
     go(pretrained, tmp_path / "run", "--epochs", 300, "--eval-every", 300, *flags)
-    rows = common.read_metrics(tmp_path / "run")
+    rows = harness.folder.read_metrics(tmp_path / "run")
     assert rows[-1]["loss"] < 0.8 * math.log(3)
 
 
 def test_steps_fall_to_a_tenth_twice(pretrained, tmp_path):
     go(pretrained, tmp_path / "run", "--schedule", "steps", "--epochs", 10, "--eval-every", 1, "--lr", 30)
-    rates = [row["lr"] / (30 * 40 / 256) for row in common.read_metrics(tmp_path / "run")[1:]]
+    rates = [row["lr"] / (30 * 40 / 256) for row in harness.folder.read_metrics(tmp_path / "run")[1:]]
     assert rates == pytest.approx([1] * 6 + [0.1] * 2 + [0.01] * 2)
 
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import harness
 import moco
+from harness.folder import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +75,7 @@ def test_contrastive_accuracy_counts_own_keys_and_takes_a_tie_for_a_miss():
 
 
 def make_model(seed=0, **changes):
-    args = dict(stem="cifar", width=4, dim=6, queue_size=10, head="mlp", bn_splits=3)
+    args = dict(stem="cifar", width=4, dim=6, queue_size=10, head="mlp", bn_splits=3, batch_size=6)
     torch.manual_seed(seed)
     model = moco.build_model(argparse.Namespace(**(args | changes)))
     with torch.no_grad():  # weights of its own for either encoder, as after some training
@@ -260,11 +262,11 @@ def test_views_differ_and_are_normalised(v1):
 
 
 def test_v1_takes_the_first_papers_values_unless_told_otherwise():
-    args, _ = moco.parse_args(["--v1"])
+    args = moco.parse_args(["--v1"])
     assert (args.head, args.temperature, args.blur) == ("linear", 0.07, 0.0)
-    args, _ = moco.parse_args(["--v1", "--temperature", "0.1", "--head", "mlp"])
+    args = moco.parse_args(["--v1", "--temperature", "0.1", "--head", "mlp"])
     assert (args.head, args.temperature) == ("mlp", 0.1)
-    assert moco.parse_args([])[0].head is None  # v2: from the recipe table
+    assert moco.parse_args([]).head is None  # v2: from the recipe table
 
 
 # ------------------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ def train(pictures, tmp_path):
         if "--resume" not in flags:
             flags = [*tiny, "--out", out, "--cache", tmp_path / "cache", *flags]
         moco.main([str(flag) for flag in flags])
-        return common.read_metrics(out)
+        return read_metrics(out)
 
     return start
 
@@ -312,14 +314,16 @@ def test_small_folder_trains_and_an_interrupted_run_goes_on_exactly(train, tmp_p
     state = saved(tmp_path, "whole")["model"]
     torch.testing.assert_close(state["queue"].norm(dim=1), torch.ones(64))
 
-    save = common.Run.save
+    loss, calls = moco.info_nce, []
 
-    def save_then_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
+    def stops(*args):
+        calls.append(1)
+        if len(calls) == 2 * 6 + 1:  # the first half of the seventh step, which is in the second epoch
+            raise KeyboardInterrupt
+        return loss(*args)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(common.Run, "save", save_then_stop)
+        patch.setattr(moco, "info_nce", stops)
         train("part", "--symmetric")
     assert saved(tmp_path, "part")["epoch"] == 1
     resumed = train("part", "--resume", tmp_path / "part")
@@ -329,7 +333,7 @@ def test_small_folder_trains_and_an_interrupted_run_goes_on_exactly(train, tmp_p
         assert torch.equal(value, other[name]), name
     keys = ("epoch", "step", "loss", "knn", "accuracy")
     assert [[row.get(key) for key in keys] for row in resumed] == [[row.get(key) for key in keys] for row in whole]
-    common.load_backbone(saved(tmp_path, "part"))  # into plain BatchNorm2d, strictly
+    harness.load_backbone(saved(tmp_path, "part"))  # into plain BatchNorm2d, strictly
 
 
 @pytest.mark.parametrize("flags", [(), ("--symmetric",)])

@@ -1,6 +1,7 @@
 """A run that ends at any step and is resumed is the run that never ended; and what a run says when it must end."""
 
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -14,6 +15,10 @@ import torch
 from PIL import Image
 
 import common
+import harness
+from harness import checkpoint
+from harness.folder import read_metrics
+from harness.log import Figures
 
 FLAGS = ["--width", "4", "--image-size", "16", "--stem", "cifar", "--epochs", "3", "--batch-size", "8", "--amp", "off",
          "--device", "cpu", "--knn-k", "5", "--quiet"]
@@ -47,9 +52,9 @@ def train(pictures, tmp_path, monkeypatch):
 
 def state(folder):
     """All that must be the same, as one flat list: metrics without times, and the checkpoint without folder names."""
-    checkpoint = torch.load(f"{folder}/last.pt", weights_only=True)
+    saved = torch.load(f"{folder}/last.pt", weights_only=True)
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "knn_seconds")}
-            for row in common.read_metrics(folder)]
+            for row in read_metrics(folder)]
     flat = [("metrics", json.dumps(rows))]
 
     def walk(value, name):
@@ -63,20 +68,20 @@ def state(folder):
         else:
             flat.append((name, value.tolist() if torch.is_tensor(value) else value))
 
-    walk(checkpoint, "")
+    walk(saved, "")
     return flat
 
 
 def signal_at(monkeypatch, step, number=signal.SIGTERM):
     """The process gets a signal while it works on this step."""
-    after_step = common.Run.after_step
+    schedule = common.LRScheduler.step
 
-    def patched(self, at, lr, loss):
-        if at == step:
+    def patched(self, at):
+        if at + 1 == step:
             os.kill(os.getpid(), number)
-        after_step(self, at, lr, loss)
+        return schedule(self, at)
 
-    monkeypatch.setattr(common.Run, "after_step", patched)
+    monkeypatch.setattr(common.LRScheduler, "step", patched)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,7 +101,22 @@ def test_ended_at_any_step_and_resumed_is_never_ended(train, monkeypatch, capsys
     train(method, "--resume", "ended")
     for one, two in zip(state("whole"), state("ended"), strict=True):
         assert one == two
-    assert [row["epoch"] for row in common.read_metrics("ended")] == [0, 1, 2, 3]
+    assert [row["epoch"] for row in read_metrics("ended")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_writes_to_the_flags_of_an_open_run(train, monkeypatch, method):
+    opened, open_run = [], harness.open_run
+
+    def kept(*args, **derived):
+        run = open_run(*args, **derived)
+        opened.append((run, copy.deepcopy(vars(run.args))))
+        return run
+
+    monkeypatch.setattr(harness, "open_run", kept)
+    train(method, "--max-steps", "5")
+    (run, before), = opened
+    assert vars(run.args) == before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +127,7 @@ def test_the_rate_per_step_holds_until_another_is_given(train, monkeypatch, meth
     scaling = ["--lr-scaling", "sqrt"] if method == "simclr" else []
     train(method, "--step-lr", "0.01", *scaling, "--max-steps", "1", "--knn-every", "0", "--out", "runs/one")
     flags = [*FLAGS, *METHODS[method], "--step-lr", "0.01", *scaling, "--max-steps", "1", "--knn-every", "0",
-             "--data", common.load_checkpoint("runs/one")["args"]["data"]]
+             "--data", harness.load_checkpoint("runs/one")["args"]["data"]]
     train(method, *flags, "--resume")  # finds its run
     train(method, "--resume", "runs/one", "--lr", "0.32", "--max-steps", "2")
     train(method, "--resume", "runs/one", "--max-steps", "3")
@@ -127,14 +147,14 @@ def test_a_run_begins_with_the_weights_of_init_and_needs_them_no_more(train, cap
     torch.save({"state_dict": {f"module.{name}": value for name, value in net.state_dict().items()}}, "net.pth")
     train(method, "--init", "net.pth", "--out", "run", "--max-steps", "1", "--lr", "1e-12", "--knn-every", "0")
     os.remove("net.pth")
-    saved = common.load_checkpoint("run")
+    saved = harness.load_checkpoint("run")
     assert saved["args"]["init"] == os.path.abspath("net.pth")
     for name, value in net.named_parameters():
         torch.testing.assert_close(saved["backbone"][name], value.detach(), atol=1e-7, rtol=0)
         if method == "moco":  # the key encoder begins as a copy
             torch.testing.assert_close(saved["model"][f"key_encoder.0.{name}"], value.detach(), atol=1e-7, rtol=0)
     train(method, "--resume", "run", "--max-steps", "2")
-    assert common.load_checkpoint("run")["step"] == 2
+    assert harness.load_checkpoint("run")["step"] == 2
     if hasattr(importlib.import_module(method).build_model(argparse.Namespace(**saved["args"] | {"init": None})),
                "projector"):
         importlib.import_module("knn").main(["--checkpoint", "run", "--projector", "--k", "3", "--amp", "off"])
@@ -146,7 +166,7 @@ def test_a_run_begins_with_the_weights_of_init_and_needs_them_no_more(train, cap
 def test_stem_and_width_are_those_of_init(train, capsys):
     import simsiam
     torch.save(common.ResNet18(stem="imagenet", width=6).state_dict(), "net.pth")
-    args, _ = simsiam.parse_args(["--init", "net.pth"])
+    args = simsiam.parse_args(["--init", "net.pth"])
     assert (args.stem, args.width, args.image_size) == ("imagenet", 6, None)
     for flags, words in ((["--stem", "cifar"], "--stem cifar: the network of --init has imagenet"),
                          (["--width", "8"], "--width 8: the network of --init has 6")):
@@ -161,14 +181,14 @@ def test_a_terminal_that_closes_saves_first(train, monkeypatch):
     signal_at(monkeypatch, 2, signal.SIGHUP)  # it may say so twice
     with pytest.raises(SystemExit) as end:
         train("simsiam", "--out", "run")
-    assert end.value.code == 128 + signal.SIGHUP and common.load_checkpoint("run")["step"] == 2
+    assert end.value.code == 128 + signal.SIGHUP and harness.load_checkpoint("run")["step"] == 2
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         train("simsiam", "--resume", "run", "--max-steps", "3")
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    assert common.load_checkpoint("run")["step"] == 3
+    assert harness.load_checkpoint("run")["step"] == 3
 
 
 def test_kept_checkpoints_outlive_a_resume_and_can_be_told(train, monkeypatch, capsys):
@@ -176,13 +196,13 @@ def test_kept_checkpoints_outlive_a_resume_and_can_be_told(train, monkeypatch, c
         signal_at(patch, 6)
         train("simsiam", "--out", "run", "--keep-every", "1", "--knn-every", "1")
     train("simsiam", "--resume", "run")
-    kept = {path: common.load_checkpoint(f"run/{path}")["epoch"] for path in os.listdir("run") if "epoch" in path}
+    kept = {path: harness.load_checkpoint(f"run/{path}")["epoch"] for path in os.listdir("run") if "epoch" in path}
     assert kept == {"epoch-0001.pt": 1, "epoch-0002.pt": 2, "epoch-0003.pt": 3}
     capsys.readouterr()
     importlib.import_module("knn").main(["--checkpoint", "run/epoch-0001.pt", "--k", "5", "--amp", "off"])
-    assert f"top-1 {common.read_metrics('run')[1]['knn']:6.2f} %" in capsys.readouterr().out
+    assert f"top-1 {read_metrics('run')[1]['knn']:6.2f} %" in capsys.readouterr().out
     train("simsiam", "--resume", "run/epoch-0001.pt", "--epochs", "4")
-    assert common.load_checkpoint("run/epoch-0004.pt")["epoch"] == 4
+    assert harness.load_checkpoint("run/epoch-0004.pt")["epoch"] == 4
 
 
 def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp_path, capsys):
@@ -192,9 +212,9 @@ def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp
             train("simsiam", "--out", f"runs/{name}", *flags)
     os.utime("runs/old/last.pt", (1e9, 1e9))
     os.utime("runs/other/last.pt", (2e9, 2e9))
-    flags = [*FLAGS, *METHODS["simsiam"], "--data", str(common.load_checkpoint("runs/new")["args"]["data"])]
+    flags = [*FLAGS, *METHODS["simsiam"], "--data", str(harness.load_checkpoint("runs/new")["args"]["data"])]
     train("simsiam", *flags, "--seed", "1", "--resume")
-    steps = {name: common.load_checkpoint(f"runs/{name}")["step"] for name in ("old", "new", "other")}
+    steps = {name: harness.load_checkpoint(f"runs/{name}")["step"] for name in ("old", "new", "other")}
     assert steps == {"old": 2, "new": 12, "other": 2}
     with pytest.raises(SystemExit) as end:
         train("simsiam", *flags, "--seed", "3", "--resume")
@@ -210,9 +230,8 @@ def test_a_run_that_torchrun_restarts_goes_on_or_begins_anew(train, monkeypatch)
 
 
 def test_minutes_between_checkpoints(train, monkeypatch):
-    saved = []
-    save = common.save_checkpoint
-    monkeypatch.setattr(common, "save_checkpoint", lambda path, state: (saved.append(state["step"]), save(path, state)))
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, content: (saved.append(content["step"]), save(path, content)))
     train("simsiam", "--save-every", "1e-9min", "--max-steps", "3", "--knn-every", "0")
     assert saved == [1, 2, 3]
     saved.clear()
@@ -241,7 +260,7 @@ def test_a_run_whose_images_changed_is_not_resumed_and_its_evaluation_says_so(tr
     assert capsys.readouterr().out.count("changed     images since this run was trained: train: 36 then, 37 now") == 2
     os.remove("mine/class0/40.png")
     train("simsiam", "--resume", "run", "--epochs", "2")
-    assert [row["epoch"] for row in common.read_metrics("run")] == [0, 1, 2]
+    assert [row["epoch"] for row in read_metrics("run")] == [0, 1, 2]
     knn.main(["--checkpoint", "run", "--k", "5", "--device", "cpu"])
     assert "changed" not in capsys.readouterr().out
     # A run of before, which does not know its images: the epochs tell.
@@ -283,14 +302,8 @@ def test_the_alarm_names_the_first_bad_step_where_losses_are_read_late(train, mo
         calls.append(1)
         return loss(*args, **kinds) + (float("nan") if len(calls) == 6 else 0)
 
-    begin = common.Run.begin_epoch
-
-    def late(self, *args):
-        self.watches, self.checked = False, float("inf")
-        return begin(self, *args)
-
     monkeypatch.setattr(simsiam, "symmetric_loss", breaks)
-    monkeypatch.setattr(common.Run, "begin_epoch", late)
+    monkeypatch.setattr(Figures, "due", lambda self: False)
     with pytest.raises(SystemExit):
         train("simsiam", "--out", "run")
     assert "at step 6 (lr" in capsys.readouterr().err
@@ -324,8 +337,8 @@ def test_a_disk_that_fills_up_leaves_the_former_checkpoint(train, monkeypatch, c
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     err = capsys.readouterr().err
-    assert end.value.code == 2 and "cannot write the checkpoint" in err and "the one before it stays" in err
+    assert end.value.code == 2 and "run/last.pt: cannot be written" in err and "the one before it stays" in err
     assert state("run")[1:] == before[1:]
     assert not [name for name in os.listdir("run") if name.startswith(".")]
     train("simsiam", "--resume", "run", "--max-steps", "8")
-    assert common.load_checkpoint("run")["step"] == 8
+    assert harness.load_checkpoint("run")["step"] == 8

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import common
-import data
 import rotnet
+from harness.folder import read_metrics
+from pictures import Split
 
 # ------------------------------------------------------------------------------------------------
 # Rotations
@@ -184,6 +185,7 @@ class CornerReader(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.seen, self.modes = 0, set()
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # its device is the model's
 
     def forward(self, x):
         self.seen += len(x)
@@ -197,12 +199,12 @@ def test_rotation_scores_count_every_image_once():
     images = torch.zeros(7, 3, 17, 17, dtype=torch.uint8)
     images[..., 0, 0] = 255
     images[6, :, 8, 8] = 255
-    split = data.Split(images, torch.full((7,), -1), torch.ones(7), [])
+    split = Split(images, torch.full((7,), -1), torch.ones(7), [])
     dataset = argparse.Namespace(mean=(0, 0, 0), std=(1, 1, 1), size=17)
     autocast, _ = common.pick_precision("off", torch.device("cpu"))
     for training in (True, False):
         model = CornerReader().train(training)
-        loss, score = rotnet.rotation_scores(model, split, dataset, "cpu", autocast, gamma=2, alpha=0.5, batch_size=3)
+        loss, score = rotnet.rotation_scores(model, split, dataset, autocast, gamma=2, alpha=0.5, batch_size=3)
         p = [math.e / (math.e + 3)] * 6 + [math.exp(-1) / (math.exp(-1) + 3)]  # of the true rotation, image by image
         assert loss == pytest.approx(sum(-0.5 * (1 - q) ** 2 * math.log(q) for q in p) / 7)
         assert score == pytest.approx(100 * 24 / 28)  # batches of 3, 3, 1: their mean would be 66.7
@@ -254,7 +256,7 @@ def pictures(tmp_path_factory):
 
 def train(pictures, out, *flags):
     rotnet.main(["--data", str(pictures), "--cache", str(out.parent / "cache"), "--out", str(out), *TINY, *flags])
-    return common.read_metrics(out), torch.load(out / "last.pt", weights_only=True)
+    return read_metrics(out), torch.load(out / "last.pt", weights_only=True)
 
 
 def test_recipe_of_the_paper(pictures, tmp_path):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augment
 import common
 import simclr
+from harness.folder import read_metrics
 
 
 def cosine(u, v):
@@ -306,7 +307,7 @@ def toy(tmp_path_factory):
 
     def start(name, *flags):
         simclr.main(["--cache", str(folder), "--out", str(folder / name), "--quiet", "--seed", "1", *flags])
-        return common.read_metrics(folder / name)
+        return read_metrics(folder / name)
 
     start.folder = folder
     return start

@@ -9,7 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import data
+import pictures
+from harness.log import Figures
+from harness.run import Run
+from pictures import batches
 
 COMMANDS = [
     ("simsiam", "--blur", "0.5"),
@@ -47,20 +50,23 @@ class EndOfEpoch(Exception):
 
 def train_on_nothing(tmp_path, monkeypatch, method, *flags):
     """Five steps on the device "meta", the last four of them watched."""
-    watch, autocast = contextlib.ExitStack(), torch.autocast
+    watch, autocast, steps = contextlib.ExitStack(), torch.autocast, Run.steps
 
-    def after_step(run, step, lr, loss):
-        if step == 1:  # the first step may make what later ones keep
-            watch.enter_context(NoWaiting())
-        if step == 5:
-            raise EndOfEpoch
+    def watched(run):
+        for batch in steps(run):
+            if run.step == 1:  # the first step may make what later ones keep
+                watch.enter_context(NoWaiting())
+            if run.step == 5:
+                raise EndOfEpoch
+            yield batch
 
-    monkeypatch.setattr(common.Run, "after_step", after_step)
-    monkeypatch.setattr(data, "free_memory", lambda device: 1 << 40)  # so the images lie there
+    monkeypatch.setattr(Run, "steps", watched)
+    monkeypatch.setattr(Figures, "due", lambda figures: False)  # once a second a loss is looked at, on purpose
+    monkeypatch.setattr(batches, "free_memory", lambda device: 1 << 40)  # so the images lie there
     monkeypatch.setattr(torch, "autocast", lambda kind, **rest: autocast("cpu" if kind == "meta" else kind, **rest))
     sgd = torch.optim.SGD  # "meta" has no fused kernels
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused, **rest: sgd(*args, **rest))
-    monkeypatch.setitem(data.TOY_COUNT, "train", 80)
+    monkeypatch.setitem(pictures.TOY_COUNT, "train", 96)
     with pytest.raises(EndOfEpoch), watch:  # whatever is raised, the watch ends
         importlib.import_module(method).main(
             ["--device", "meta", "--width", "8", "--batch-size", "16", "--knn-every", "0", "--quiet",
@@ -92,18 +98,17 @@ def test_a_step_that_waits_is_found(tmp_path, monkeypatch, mistake):
 
 def test_an_epochs_rate_counts_steps_that_are_done(tmp_path, monkeypatch):
     """On a GPU losses are looked at now and then, but always before the clock of an epoch is read."""
-    start, check, events = common.Run.start, common.Run._check, []
+    look, events = Figures.first_wrong, []
 
-    def start_as_on_a_gpu(run, *args, **kwargs):
-        step = start(run, *args, **kwargs)
-        run.watches = False
-        return step
+    def look_as_on_a_gpu(figures):
+        events.append("waits")
+        return look(figures)
 
-    monkeypatch.setattr(common.Run, "start", start_as_on_a_gpu)
-    monkeypatch.setattr(common.Run, "_check", lambda run: (events.append("waits"), check(run)))
+    monkeypatch.setattr(Figures, "due", lambda figures: False)
+    monkeypatch.setattr(Figures, "first_wrong", look_as_on_a_gpu)
     monkeypatch.setattr(common.Progress, "update", lambda line, done, **figures: events.append(done))
-    for split in data.TOY_COUNT:
-        monkeypatch.setitem(data.TOY_COUNT, split, 40)
+    for split in pictures.TOY_COUNT:
+        monkeypatch.setitem(pictures.TOY_COUNT, split, 40)
     importlib.import_module("simclr").main(
         ["--width", "4", "--batch-size", "20", "--max-steps", "3", "--epochs", "2", "--device", "cpu", "--quiet",
          "--knn-every", "0", "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
@@ -113,16 +118,16 @@ def test_an_epochs_rate_counts_steps_that_are_done(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["simsiam", "moco", "simclr", "rotnet"])
 def test_no_epoch_leaves_tensors_behind(tmp_path, monkeypatch, method):
-    held, log = [], common.Run.log
+    held, report = [], Run.report
 
-    def count(run, **row):
+    def count(run, *args, **scores):
         gc.collect()
         held.append(sum(x.nbytes for x in gc.get_objects() if issubclass(type(x), torch.Tensor)))
-        return log(run, **row)
+        return report(run, *args, **scores)
 
-    monkeypatch.setattr(common.Run, "log", count)
-    for split in data.TOY_COUNT:
-        monkeypatch.setitem(data.TOY_COUNT, split, 200)
+    monkeypatch.setattr(Run, "report", count)
+    for split in pictures.TOY_COUNT:
+        monkeypatch.setitem(pictures.TOY_COUNT, split, 200)
     importlib.import_module(method).main(
         ["--width", "4", "--batch-size", "100", "--epochs", "4", "--device", "cpu", "--quiet",
          "--cache", str(tmp_path), "--out", str(tmp_path / "run")])

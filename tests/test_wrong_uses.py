@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import common
+import harness
 
 TINY = ["--width", "4", "--image-size", "16", "--stem", "cifar", "--batch-size", "4", "--amp", "off", "--quiet",
         "--max-steps", "1", "--knn-every", "0"]
@@ -286,4 +287,4 @@ def test_a_folder_of_one_class_and_one_without_validation_train(place, monkeypat
         importlib.import_module("simsiam").main(["--data", data, "--out", f"of-{data}", *flags, "--cache", "cache"])
         out = capsys.readouterr().out
         assert word in out and "next    python knn.py" in out  # linear.py would refuse them
-        assert common.load_checkpoint(f"of-{data}")["step"] == 1
+        assert harness.load_checkpoint(f"of-{data}")["step"] == 1
