@@ -205,7 +205,7 @@ def main(argv=None):
             # Then the target follows what the online network has become.                       [E1] [A1]
             tau = target_tau(args.tau, run.step, run.total_steps)
             ema_update(model.target.parameters(), model.online_parameters(), tau)
-            run.record(loss=loss, std=output_std(z1), tau=tau)
+            run.record(loss=loss, std=output_std(z1))
 
             if run.epoch_ends:
                 row = run.report(**monitor(model.backbone))

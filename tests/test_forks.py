@@ -1,4 +1,4 @@
-"""forks/barlowtwins.py and forks/byol.py: losses against loops over the equations, and a whole life as a stranger's file.
+"""forks/barlowtwins.py and forks/byol.py: losses against loops over the equations, and the whole life of a copied file.
 
 That they train, end, go on, are evaluated and told apart by their names proves what harness/ promises to a copy.
 """
@@ -23,7 +23,6 @@ from PIL import Image
 import augment
 import common
 import knn
-import linear
 import pictures
 import simsiam
 from forks import barlowtwins, byol
@@ -281,7 +280,8 @@ def test_what_comes_after_training_takes_it(train, capsys, method):
 
 
 @pytest.mark.parametrize("method", FORKS)
-def test_a_linear_probe_takes_it(train, capsys, method):
+def test_a_linear_probe_takes_it(train, method):
+    import linear
     train(method, "--out", "run", "--epochs", "1")
     linear.main(["--checkpoint", "run", "--out", "probe", "--epochs", "1", "--device", "cpu", "--quiet"])
     assert checkpoint.load("probe")["backbone"].keys() == checkpoint.load("run")["backbone"].keys()
@@ -300,8 +300,9 @@ def test_a_fork_goes_by_its_files_name(train, capsys):
 @pytest.mark.parametrize("method", FORKS)
 def test_it_runs_from_any_folder(method, images, tmp_path):
     program = str(ROOT / "forks" / f"{method}.py")
-    done = subprocess.run([sys.executable, program, "--data", str(images), "--cache", str(tmp_path / "cache"), "--views-png",
-                           "views.png", "--batch-size", "8"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, program, "--data", str(images), "--cache", str(tmp_path / "cache"),
+                           "--views-png", "views.png", "--batch-size", "8"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0 and "wrote views.png: one image per row, then its 2 views" in done.stdout, done.stderr
 
 
