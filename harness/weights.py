@@ -142,7 +142,8 @@ def build_model(saved, program):
     program  a file that the user named, never one that a checkpoint names: importing it runs its code.
     raises   UsageError where it has no build_model.
     """
-    spec = importlib.util.spec_from_file_location(Path(program).stem, program)
+    name = f"program_{Path(program).stem}"  # of its own: a module of that name may be in use
+    spec = importlib.util.spec_from_file_location(name, program)
     if spec is None or not Path(program).is_file():
         raise UsageError(f"--program {program}: no such Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
