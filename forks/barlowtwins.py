@@ -61,8 +61,8 @@ import knn  # noqa: E402
 
 # The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
 RECIPES = {
-    "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.2, weight_decay=1e-4,
-                warmup_epochs=0.6, proj_layers=3, dim=512, lambd=5e-3, min_crop=0.4, blur1=0.0, blur2=0.0,
+    "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.1, weight_decay=1e-4,
+                warmup_epochs=0.6, proj_layers=3, dim=256, lambd=5e-3, min_crop=0.4, blur1=0.0, blur2=0.0,
                 solarize=0.0, knn_every=1),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=800, batch_size=512, lr=0.12, weight_decay=5e-4,
                   warmup_epochs=0.0, proj_layers=2, dim=2048, lambd=5e-3, min_crop=0.08, blur1=0.0, blur2=0.0,
@@ -219,7 +219,7 @@ def main(argv=None):
                 # The views are forwarded one after the other: each has its own BatchNorm statistics.
                 z1, z2 = network(x1), network(x2)                      # 2 x (N, d)                  [A1]
             # C is over the batch of all processes, and gradients go back to them.
-            z1, z2 = (harness.gather_with_gradient(z.float()) for z in (z1, z2))
+            z1, z2 = (harness.gather_with_gradient(z.float()) for z in (z1.detach(), z2))
             loss = barlow_twins_loss(z1, z2, args.lambd)               #                        [E1] [A1]
 
             optimizer.zero_grad(set_to_none=True)

@@ -321,10 +321,24 @@ def test_the_two_views_have_recipes_of_their_own(train, monkeypatch, method):
     assert (paper["blur1"], paper["blur2"], paper["solarize"]) == (1.0, 0.1, 0.2)
 
 
+@pytest.mark.parametrize("method, loss, pairs", [("barlowtwins", "barlow_twins_loss", [("z1", "z2")]),
+                                                 ("byol", "byol_loss", [("p1", "z2"), ("p2", "z1")])])
+def test_each_loss_is_between_different_views(train, monkeypatch, method, loss, pairs):
+    fork, outputs, met = FORKS[method], [], []
+    model, plain = {"barlowtwins": "BarlowTwins", "byol": "BYOL"}[method], getattr(FORKS[method], loss)
+    forward = getattr(fork, model).forward
+    monkeypatch.setattr(getattr(fork, model), "forward", lambda self, x: outputs.append(forward(self, x)) or outputs[-1])
+    monkeypatch.setattr(fork, loss, lambda one, other, *more: met.append((one, other)) or plain(one, other, *more))
+    train(method, "--max-steps", "1", "--knn-every", "0")
+    (p1, z1), (p2, z2) = outputs if method == "byol" else [(None, z) for z in outputs]
+    names = {"p1": p1, "p2": p2, "z1": z1, "z2": z2}
+    assert len(met) == len(pairs) and not torch.equal(z1, z2)
+    for (one, other), (first, second) in zip(met, pairs, strict=True):
+        assert torch.equal(one, names[first]) and torch.equal(other, names[second])
+
+
 def test_the_target_follows_after_the_step_and_stays_put_at_tau_1(train):
     """At tau_base 0 it equals, after the first step, what that step made of the online network."""
-    train("byol", "--out", "zero", "--tau", "0", "--max-steps", "2", "--save-every", "1e-9min", "--keep-every", "1",
-          "--knn-every", "0")
     train("byol", "--out", "random", "--tau", "1", "--max-steps", "4", "--knn-every", "0")
     torch.manual_seed(0)
     begins = byol.build_model(argparse.Namespace(**checkpoint.load("random")["args"]))
