@@ -219,7 +219,7 @@ def main(argv=None):
                 # The views are forwarded one after the other: each has its own BatchNorm statistics.
                 z1, z2 = network(x1), network(x2)                      # 2 x (N, d)                  [A1]
             # C is over the batch of all processes, and gradients go back to them.
-            z1, z2 = (harness.gather_with_gradient(z.float()) for z in (z1.detach(), z2))
+            z1, z2 = (harness.gather_with_gradient(z.float()) for z in (z1, z2))
             loss = barlow_twins_loss(z1, z2, args.lambd)               #                        [E1] [A1]
 
             optimizer.zero_grad(set_to_none=True)

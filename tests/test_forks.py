@@ -325,9 +325,9 @@ def test_the_two_views_have_recipes_of_their_own(train, monkeypatch, method):
                                                  ("byol", "byol_loss", [("p1", "z2"), ("p2", "z1")])])
 def test_each_loss_is_between_different_views(train, monkeypatch, method, loss, pairs):
     fork, outputs, met = FORKS[method], [], []
-    model, plain = {"barlowtwins": "BarlowTwins", "byol": "BYOL"}[method], getattr(FORKS[method], loss)
-    forward = getattr(fork, model).forward
-    monkeypatch.setattr(getattr(fork, model), "forward", lambda self, x: outputs.append(forward(self, x)) or outputs[-1])
+    model, plain = {"barlowtwins": barlowtwins.BarlowTwins, "byol": byol.BYOL}[method], getattr(fork, loss)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda self, x: outputs.append(forward(self, x)) or outputs[-1])
     monkeypatch.setattr(fork, loss, lambda one, other, *more: met.append((one, other)) or plain(one, other, *more))
     train(method, "--max-steps", "1", "--knn-every", "0")
     (p1, z1), (p2, z2) = outputs if method == "byol" else [(None, z) for z in outputs]
@@ -335,6 +335,7 @@ def test_each_loss_is_between_different_views(train, monkeypatch, method, loss, 
     assert len(met) == len(pairs) and not torch.equal(z1, z2)
     for (one, other), (first, second) in zip(met, pairs, strict=True):
         assert torch.equal(one, names[first]) and torch.equal(other, names[second])
+        assert one.requires_grad and other.requires_grad == (method == "barlowtwins")
 
 
 def test_the_target_follows_after_the_step_and_stays_put_at_tau_1(train):
