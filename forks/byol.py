@@ -66,7 +66,7 @@ import knn  # noqa: E402
 # The defaults that depend on the data: kind of data -> flag -> value. lr per 256 images.
 RECIPES = {
     "toy": dict(image_size=32, stem="cifar", width=16, epochs=6, batch_size=64, lr=0.8, weight_decay=1e-4,
-                warmup_epochs=0.6, hidden_dim=512, tau=0.99, min_crop=0.4, blur1=0.0, blur2=0.0, solarize=0.0,
+                warmup_epochs=0.6, hidden_dim=512, tau=0.9, min_crop=0.4, blur1=0.0, blur2=0.0, solarize=0.0,
                 knn_every=1),
     "cifar": dict(image_size=32, stem="cifar", width=64, epochs=800, batch_size=512, lr=0.12, weight_decay=5e-4,
                   warmup_epochs=0.0, hidden_dim=1024, tau=0.99, min_crop=0.08, blur1=0.0, blur2=0.0, solarize=0.2,
