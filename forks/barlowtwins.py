@@ -18,14 +18,14 @@ Read on     4    Ablations, of ImageNet accuracy 71.4 % after 300 epochs: lambda
                  saturates. Weaker views cost more than they cost BYOL.
             5    Read as information bottleneck: keep what an image says, lose what a distortion says.
 Recipe      flag            paper, ImageNet    lightly, CIFAR-10   here
-            --lr            LARS, 0.2 x bs/256 SGD 0.12 x bs/256   SGD; cifar as lightly, photos 0.12: untried
+            --lr            LARS, 0.2 x bs/256 SGD 0.12 x bs/256   SGD; cifar as lightly, photos 0.12, untried
             --batch-size    2048               512                 photos 256 (one GPU), cifar 512
             --weight-decay  1e-6               5e-4                cifar as lightly, photos 1e-4
             --epochs        1000               800                 photos 200, cifar 800
             warm-up         10 epochs          0                   likewise
-            --lambd         5e-3               5e-3                likewise; toy 0.02
+            --lambd         5e-3               5e-3                5e-3
             --proj-layers   3                  2                   likewise
-            --dim           8192               2048                2048, toy 512: four times the backbone's
+            --dim           8192               2048                2048, toy 64
             --blur1, 2      1.0, 0.1           0                   likewise
             --solarize      0.2                0                   cifar 0.2, as solo-learn's CIFAR recipe
             --min-crop      0.08               0.08                likewise; momentum 0.9 and cosine everywhere
@@ -36,7 +36,7 @@ Departures  1. ResNet-18; the paper trains ResNet-50.
             2. SGD, one rate for all weights, no warm-up on cifar; the paper has LARS, and a rate of its own
                (0.0048 x bs/256) for biases and BatchNorm. Their code says lambda 0.0051.
             3. Eq. 2 divides by the length of a channel over the batch; here BatchNorm does it, with its 1e-5.
-            4. `toy` takes a rate and a lambda of its own, larger crops, no blur and no solarize.
+            4. `toy` takes a lower rate, a narrower z, larger crops, no blur and no solarize.
             5. BatchNorm sees the batch of all processes on GPUs only; C is over all processes everywhere.
 Health      HEALTH
 """

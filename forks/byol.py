@@ -20,12 +20,12 @@ Read on     3.2  Why it need not collapse: xi does not follow the gradient of th
                  network, 0.3; tau 0.999 69.8, 0.9 68.4; without predictor 0.2.
             SimSiam's paper: tau 0 works too, if the predictor learns fast enough.
 Recipe      flag            paper, ImageNet    lightly, CIFAR-10   here
-            --lr            LARS, 0.2 x bs/256 SGD 0.12 x bs/256   SGD; cifar as lightly, photos 0.12: untried
+            --lr            LARS, 0.2 x bs/256 SGD 0.12 x bs/256   SGD; cifar as lightly, photos 0.12, untried
             --batch-size    4096               512                 photos 256 (one GPU), cifar 512
             --weight-decay  1.5e-6             5e-4                cifar as lightly, photos 1e-4
             --epochs        1000               800                 photos 200, cifar 800
             warm-up         10 epochs          0                   likewise
-            --tau           0.996 (300: 0.99)  0.99, constant      0.99 everywhere, rising to 1
+            --tau           0.996 (300: 0.99)  0.99, constant      0.99, toy 0.9, rising to 1
             --hidden-dim    4096               1024                likewise; toy 512
             --dim           256                256                 256
             --blur1, 2      1.0, 0.1           0                   likewise
@@ -40,7 +40,12 @@ Departures  1. ResNet-18; the paper trains ResNet-50.
                which training never reads, are its own.
             4. `toy` takes a higher lr, narrower heads, larger crops, no blur and no solarize.
             5. BatchNorm sees the batch of all processes, as in the paper, on GPUs only; on CPUs its own share.
-Health      HEALTH
+Health      The loss of both views together starts near 4 (unrelated unit vectors); 0 is perfect prediction, and also
+            collapse. `std` is the standard deviation of z/|z| times sqrt(d): 1 for directions spread evenly, 0 once
+            all images give the same z. z has no BatchNorm, so a healthy run lies below 1.
+            `toy`, 6 epochs, seed 0, --amp off: loss 0.17, std 0.79, kNN 74.3 % (72.4 after 3; untrained 27.9).
+            A slower target, --tau 0.98 --lr 0.4, has 53.3 % after 5 of 6 epochs: it stays behind in so few steps.
+            --no-predictor and --tau 1: not measured.
 """
 
 import copy
