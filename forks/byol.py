@@ -38,7 +38,7 @@ Departures  1. ResNet-18; the paper trains ResNet-50.
             2. SGD with weight decay on all weights; the paper has LARS, which leaves biases and BatchNorm out.
             3. The target's BatchNorm takes the statistics of its batch, as the authors' code; its running ones,
                which training never reads, are its own.
-            4. `toy` takes a higher lr, narrower heads, larger crops, no blur and no solarize.
+            4. `toy` takes a higher lr, a faster target, narrower heads, larger crops, no blur, no solarize.
             5. BatchNorm sees the batch of all processes, as in the paper, on GPUs only; on CPUs its own share.
 Health      The loss of both views together starts near 4 (unrelated unit vectors); 0 is perfect prediction, and also
             collapse. `std` is the standard deviation of z/|z| times sqrt(d): 1 for directions spread evenly, 0 once
