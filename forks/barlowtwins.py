@@ -38,7 +38,13 @@ Departures  1. ResNet-18; the paper trains ResNet-50.
             3. Eq. 2 divides by the length of a channel over the batch; here BatchNorm does it, with its 1e-5.
             4. `toy` takes a lower rate, a narrower z, larger crops, no blur and no solarize.
             5. BatchNorm sees the batch of all processes on GPUs only; C is over all processes everywhere.
-Health      HEALTH
+Health      The loss starts near d at most (unrelated outputs: C = 0) and falls towards 0. `same` is the mean of C_ii, 1
+            where the views agree; `others` the root mean square of C beside the diagonal, 0 where no channel
+            repeats another, 1 where all are copies of one. Two outputs of 64 images have 0.125 by chance.
+            `toy`, 6 epochs, seed 0, --amp off: loss 6.8, same 0.87, others 0.52, kNN 72.4 % (63.9 after 2; untrained
+            27.9). A wide z is too much for batches of 64 in so few steps: with --dim 256, 54.1 % after 4; with
+            --dim 512 --lambd 0.02 --lr 0.2 the loss stays at chance and kNN, after 3 of 3, falls to 23.3.
+            --lambd 0: not measured.
 """
 
 import functools
