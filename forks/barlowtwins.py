@@ -44,7 +44,8 @@ Health      The loss starts near d at most (unrelated outputs: C = 0) and falls 
             `toy`, 6 epochs, seed 0, --amp off: loss 6.8, same 0.87, others 0.52, kNN 72.4 % (63.9 after 2; untrained
             27.9). A wide z is too much for batches of 64 in so few steps: with --dim 256, 54.1 % after 4; with
             --dim 512 --lambd 0.02 --lr 0.2 the loss stays at chance and kNN, after 3 of 3, falls to 23.3.
-            --lambd 0: not measured.
+            --lambd 0, after 2 of 6 epochs: same 0.94, others 0.94, so z collapses to one channel and its copies; kNN
+            of the backbone does not suffer yet, 66.4 % against 63.9. Its end: not measured.
 """
 
 import functools
