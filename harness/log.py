@@ -107,6 +107,8 @@ class Figures:
 
     def record(self, step, lr, **values):
         for name, value in values.items():
+            if not torch.is_tensor(value):  # on the device of the others, where processes can share it
+                value = torch.full((), float(value), device=values["loss"].device)
             self.meters.setdefault(name, AverageMeter()).update(value, self.count)
         self.unchecked.append((step, lr, values["loss"].detach()))
 

@@ -23,6 +23,7 @@ import simsiam
 from harness import distributed
 from harness.flags import check_batch
 from harness.folder import read_metrics
+from harness.log import Figures
 
 METHODS = {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}
 N = 12  # images of a whole batch
@@ -177,6 +178,10 @@ def check_means():
     meter.update(torch.tensor(float(distributed.rank())), n=1 + distributed.rank())
     ranks = range(distributed.size())
     assert meter.mean() == pytest.approx(sum(r * (1 + r) for r in ranks) / sum(1 + r for r in ranks))
+    figures = Figures(watchful=True)
+    figures.count = 1
+    figures.record(1, 0.1, loss=torch.tensor(1.0), tau=0.5 + distributed.rank())  # a plain number too
+    assert figures.meters["tau"].mean() == pytest.approx(sum(0.5 + r for r in ranks) / len(ranks))
 
 
 def work(rank, world, port, folder, jobs):
