@@ -27,7 +27,6 @@ from harness import flags, weights
 from harness.command import command
 from harness.distributed import is_main
 from harness.parser import Parser, number, path, png_file
-from harness.run import note_changes
 
 # ------------------------------------------------------------------------------------------------
 # The classifier
@@ -236,7 +235,7 @@ def open_data(args, checkpoint, splits):
     saved = checkpoint["args"]
     holdout = 0.0 if saved["knn_split"] == "test" else 0.1
     source = pictures.open_source(args.data or saved["data"], args.data_root or saved["data_root"], holdout=holdout)
-    note_changes(source, args.data, saved, splits)
+    flags.note_changes(source, args.data, saved, splits)
     size = checkpoint["image_size"] or args.image_size or flags.SHAPES[source.kind]["image_size"]
     dataset = pictures.pack(source, size, args.cache or saved["cache"], splits=splits,
                             skip_unreadable=saved["skip_unreadable"])

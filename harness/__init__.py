@@ -1,10 +1,11 @@
-"""What stands around a training loop and no paper mentions. A method needs these names and no other file:
+"""What stands around a training loop and no paper mentions. A method needs these names:
 
     command(main)               errors become one line and exit code 2
     training_parser, parse      the flags of every method; number(...): a type of a flag
+    fill_flags, check_stop      further defaults; a --stop-at-accuracy that makes sense
     initialised(backbone, args) the weights of --init
     gather_with_gradient(z)     rows of all processes, and gradients back to them
-    is_main()                   whether this process is the one that evaluates
+    is_main()                   whether this process is the one that evaluates (more of processes: distributed.py)
     rate_hint(...)              what to do about a loss at chance
     open_run(args, recipes)     a run, for a `with` statement. Its names, all that a method may use:
 

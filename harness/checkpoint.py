@@ -124,7 +124,7 @@ def load(path, method=None):
     if checkpoint.get("version") != VERSION:
         raise UsageError(f"{file}: form {checkpoint.get('version')} of checkpoints; this program reads form {VERSION}")
     if method is not None and checkpoint["method"] != method:
-        raise UsageError(f"{file}: a {checkpoint['method']} run; go on with python {checkpoint['method']}.py")
+        raise UsageError(f"{file}: a run of {checkpoint['method']}.py, not of {method}.py: that one goes on with it")
     return checkpoint
 
 

@@ -40,12 +40,7 @@ def training_parser(file, doc, recipes, without=()):
     """
     parser = Parser(doc, recipes)
     parser.set_defaults(method=Path(file).stem)
-    whole, real = partial(number, int), partial(number, float)
-
-    def add(flag, meaning, **kind):
-        if flag not in without:
-            parser.flag(flag, meaning, **kind)
-
+    add, whole, real = partial(_add, parser, without), partial(number, int), partial(number, float)
     add("--data", f"folder of pictures, or {', '.join(pictures.NAMED_DATA)}", type=path, default="toy")
     add("--data-root", "where cifar10 ... food101 lie or are downloaded to", type=path, default="./data")
     add("--download", "fetch the named data set into --data-root", action="store_true")
@@ -66,6 +61,17 @@ def training_parser(file, doc, recipes, without=()):
     add("--weight-decay", "L2 penalty", type=real(low=0))
     add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs",
         type=real(low=0))
+    _run_flags(add, whole, real)
+    return parser
+
+
+def _add(parser, without, flag, meaning, **kind):
+    if flag not in without:
+        parser.flag(flag, meaning, **kind)
+
+
+def _run_flags(add, whole, real):
+    """How a run works, whatever it trains."""
     add("--seed", "random seed for weights, data order and views", type=whole(low=0), default=0)
     add("--device", "auto (cuda, mps, cpu), or one of them, or cuda:1", default="auto")
     add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
@@ -90,7 +96,6 @@ def training_parser(file, doc, recipes, without=()):
     add("--quiet", "print nothing but errors; log.txt still has it all", action="store_true")
     add("--tensorboard", "write the figures for TensorBoard too", action="store_true")
     add("--max-steps", "end after this many steps; the schedule is fitted to it", type=whole(low=1), default=None)
-    return parser
 
 
 def parse(parser, argv, fixed=()):
@@ -197,6 +202,24 @@ def check_stop(percent, chance):
 def holdout(args):
     """The part of the training images held out where a source has no validation split."""
     return 0.0 if args.knn_split == "test" else 0.1
+
+
+def changed_images(saved, source, splits):
+    """In words, which splits have not the images any more that they had in the run whose flags are `saved`; or ""."""
+    words = []
+    for split in splits:
+        before, now = (contents.get(split, [0]) for contents in (saved.get("contents", {}), source.contents))
+        if "contents" in saved and before != now:
+            words.append(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now")
+    return ", ".join(words)
+
+
+def note_changes(source, data, saved, splits):
+    """Has the description say whether the images of a run, of flags `saved`, are others now. data: --data, or None."""
+    changed = changed_images(saved, source, splits)
+    if changed and os.path.abspath(data or saved["data"]) == os.path.abspath(saved["data"]):
+        source.description += pictures.lines_of("changed", f"images since this run was trained: {changed}; some that "
+                                                           "it trained on may be validation images now")
 
 
 def rate_hint(args, recipe, lr):

@@ -5,13 +5,10 @@ The names of a Run that a method uses are explained in harness/__init__.py.
 """
 
 import math
-import os
 import sys
 import time
 
 import torch
-import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
 
 import augment
 import common
@@ -22,6 +19,7 @@ from harness.command import Interrupted, Stop, out_of_memory
 from harness.folder import Folder, read_metrics
 from harness.log import Figures, Log, wrapped
 from harness.parser import flag_text
+from harness.views import ViewsWritten, write_views
 
 
 def open_run(args, recipes, **derived):
@@ -69,7 +67,7 @@ class Run:
     def __init__(self, args, source, device, autocast, scaler, name=None, score="knn", title="kNN", best="best.pt"):
         self.args, self.device, self.autocast, self.scaler, self.best_file = args, device, autocast, scaler, best
         self.saved = checkpoint.load(args.resume, args.method) if args.resume else None
-        changed = self.saved and changed_images(self.saved["args"], source, ("train", args.knn_split))
+        changed = self.saved and flags.changed_images(self.saved["args"], source, ("train", args.knn_split))
         if changed:
             raise UsageError(f"--resume {args.out}: the images are not those of the run any more ({changed}); bring "
                              "them back, or start a new run on those that are there now")
@@ -77,6 +75,7 @@ class Run:
         self.folder, self.stop = Folder(args.out, f"{name or args.method}-{source.name}", bool(self.saved)), Stop()
         self.log = Log(self.folder, self.stop, args.quiet, score, title)
         self.step, self.inside, self.ended, self.saver, self.next_command = 0, False, None, None, None
+        self.before, self.untrained, self.jump = 0.0, None, None  # of a resumed run: seconds, score, rate
         for line in source.description:
             self.say(line)
 
@@ -112,15 +111,12 @@ class Run:
             raise UsageError("the model has no backbone.dim: model.backbone must map images to (N, backbone.dim)")
         self.parts, self.extra = (model, optimizer, self.scaler, states), extra
         self.model, self.optimizer, lr = model, optimizer, optimizer.param_groups[0]["lr"]
-        self.jump = restore(self) if self.saved else None
-        self.before, self.began = self.saved["seconds"] if self.saved else 0.0, time.perf_counter()
-        self.figures = Figures(watchful=self.device.type == "cpu")
+        best = restore(self) if self.saved else None
+        self.began, self.figures = time.perf_counter(), Figures(watchful=self.device.type == "cpu")
         if distributed.is_main():
             needed = checkpoint.bytes_needed(model, self.args, self.epochs, self.epoch)
             self.folder.make(needed, self.args, self.epoch)
-        scores = read_scores(self.folder.path, self.log.score) if self.saved else {}
-        self.untrained, best = scores.pop(0, None), max(scores.values(), default=None)
-        self.saver = checkpoint.Saver(self.folder, self.args, self._state, self.best_file, best)
+        self.saver = checkpoint.Saver(self.folder, self.args, lambda: state_of(self), self.best_file, best)
         self.log.begin(self.args.tensorboard)
         self.stop.listen()
         say_recipe(self, chance, lr)
@@ -161,33 +157,13 @@ class Run:
         self.figures.record(self.step + 1, self.optimizer.param_groups[0]["lr"], loss=loss, **figures)
 
     def report(self, stop=None, **scores):
-        check(self)
-        row, rate = {"epoch": self.epoch, "step": self.step + self.inside, "seconds": self._seconds()}, None
-        means, lr = {}, None
-        if self.inside:
-            lr = self.optimizer.param_groups[0]["lr"]
-            self.log.line.update(row["step"], lr=lr, **self.figures.meters)
-            rate, means = self.log.line.rate, {name: meter.mean() for name, meter in self.figures.meters.items()}
-        score = scores.pop(self.log.score, None)
-        row |= {"loss": means.pop("loss", None), "lr": lr, "images_per_second": rate, self.log.score: score}
-        row |= means | scores
-        self.ended, self.reached = None if self.last else distributed.same(stop), score
+        row = epoch_row(self, scores)
+        self.ended, self.reached = None if self.last else distributed.same(stop), row[self.log.score]
         if not self.inside:
-            self.untrained = score
+            self.untrained = self.reached
         if distributed.is_main():
             self.log.write(row, self.epochs)
         return row
-
-    def _seconds(self):
-        """Since the run began, interruptions left out."""
-        return self.before + time.perf_counter() - self.began
-
-    def _state(self):
-        check(self)  # no checkpoint of a broken network
-        state = checkpoint.state_of(*self.parts, self.args, self.dataset, self.epoch, self.step)
-        meters = {name: (meter.sum, meter.count) for name, meter in self.figures.meters.items()}
-        state["args"]["out"] = str(self.folder.path)  # also where no --out named it
-        return state | {"seconds": self._seconds(), "meters": meters} | self.extra()
 
     def __enter__(self):
         return self
@@ -201,10 +177,8 @@ class Run:
         finally:
             self.folder.close()
         if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
-            sizes = ("batch_size", "image_size", "width", "dim", "pred_dim", "queue_size")
-            sizes = ", ".join(flag_text(n, getattr(self.args, n)) for n in sizes if getattr(self.args, n, None))
-            raise UsageError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, "
-                             "--amp bf16 need less too") from None
+            raise UsageError(f"out of memory with {sizes(self.args)}; lower one of them; --stem imagenet and, on a "
+                             "GPU, --amp bf16 need less too") from None
         return kind is ViewsWritten
 
 
@@ -213,50 +187,10 @@ class Run:
 # ------------------------------------------------------------------------------------------------
 
 
-class ViewsWritten(Exception):
-    """--views-png is done, and with it the program."""
-
-
-def write_views(run, views, rows=8):
-    """PNG of what the network sees: one row per image, first the packed picture, then its views; ends the run."""
-    images, aspect, _, _ = next(run.batches.batches(0))
-    shown = views(images, aspect, common.reseed(run.random, run.args.seed, 0))
-    shown = shown.split(len(images)) if torch.is_tensor(shown) else shown
-    mean, std = (torch.tensor(figures).view(1, 3, 1, 1) for figures in (run.dataset.mean, run.dataset.std))
-    columns = [images[:rows].cpu().float() / 255] + [view[:rows].float().cpu() * std + mean for view in shown]
-    side = max(96, *(column.shape[-1] for column in columns))             # small pictures are enlarged
-    columns = [F.interpolate(column.contiguous(), size=(side, side)) for column in columns]
-    tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)
-    try:
-        save_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0), run.args.views_png)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run.args.views_png}: cannot write the picture: {error}") from None
-    print(f"wrote {run.args.views_png}: one image per row, then its {len(shown)} views")
-    raise ViewsWritten
-
-
-def changed_images(saved, source, splits):
-    """In words, which splits have not the images any more that they had in the run whose flags are `saved`; or ""."""
-    words = []
-    for split in splits:
-        before, now = (contents.get(split, [0]) for contents in (saved.get("contents", {}), source.contents))
-        if "contents" in saved and before != now:
-            words.append(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now")
-    return ", ".join(words)
-
-
-def note_changes(source, data, saved, splits):
-    """Has the description say whether the images of a run, of flags `saved`, are others now. data: --data, or None."""
-    changed = changed_images(saved, source, splits)
-    if changed and os.path.abspath(data or saved["data"]) == os.path.abspath(saved["data"]):
-        source.description += pictures.lines_of("changed", f"images since this run was trained: {changed}; some that "
-                                                           "it trained on may be validation images now")
-
-
 def restore(run):
-    """Take up a resumed run; returns the flags that change its rate and the rate before, or None."""
+    """Take up a resumed run; returns its best score, or None."""
     run.step = checkpoint.restore(run.saved, *run.parts, run.dataset.classes)
-    epoch, saved = run.saved["epoch"], run.saved["args"]
+    epoch, saved, run.before = run.saved["epoch"], run.saved["args"], run.saved["seconds"]
     if run.step // run.epoch_steps != epoch:  # pictures that could not be read before, say
         raise UsageError(f"--resume {run.folder.path}: an epoch has {run.epoch_steps:,} steps now, so step "
                          f"{run.step:,} is not in epoch {epoch + 1:,} any more: the images changed; bring back "
@@ -264,7 +198,10 @@ def restore(run):
     names = ("epochs", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
     changed = [flag_text(n, value) + (f" (was {saved[n]})" if saved[n] is not None else "") for n in names
                if n in saved and (value := getattr(run.args, n, None)) not in (None, saved[n])]
-    return (", ".join(changed), run.optimizer.param_groups[0]["lr"]) if changed and run.step else None
+    run.jump = (", ".join(changed), run.optimizer.param_groups[0]["lr"]) if changed and run.step else None
+    scores = {number: score for number, score in read_scores(run).items() if number <= epoch}  # later ones run again
+    run.untrained = scores.pop(0, None)
+    return max(scores.values(), default=None)
 
 
 def compiled(model, run):
@@ -353,16 +290,50 @@ def check(run):
                                                  "nothing was saved yet"))
 
 
-def read_scores(folder, score):
-    """{epoch: its score} of a run, where it has one."""
-    return {row["epoch"]: row[score] for row in read_metrics(folder) if row[score] is not None}
+def seconds(run):
+    """Since the run began, interruptions left out."""
+    return run.before + time.perf_counter() - run.began
+
+
+def epoch_row(run, scores):
+    """What report() writes: {name: figure}, means over all processes."""
+    check(run)
+    rate, lr, means = None, None, {}
+    if run.inside:
+        lr = run.optimizer.param_groups[0]["lr"]
+        run.log.line.update(run.step + 1, lr=lr, **run.figures.meters)
+        rate, means = run.log.line.rate, {name: meter.mean() for name, meter in run.figures.meters.items()}
+    row = {"epoch": run.epoch, "step": run.step + run.inside, "seconds": seconds(run), "loss": means.pop("loss", None),
+           "lr": lr, "images_per_second": rate, run.log.score: scores.pop(run.log.score, None)}
+    return row | means | scores
+
+
+def state_of(run):
+    """What a checkpoint holds."""
+    check(run)  # none of a broken network
+    state = checkpoint.state_of(*run.parts, run.args, run.dataset, run.epoch, run.step)
+    state["args"]["out"] = str(run.folder.path)  # also where no --out named it
+    meters = {name: (meter.sum, meter.count) for name, meter in run.figures.meters.items()}
+    return state | {"seconds": seconds(run), "meters": meters} | run.extra()
+
+
+def read_scores(run):
+    """{epoch: its score} from metrics.jsonl, where it has one."""
+    name = run.log.score
+    return {row["epoch"]: row[name] for row in read_metrics(run.folder.path) if row[name] is not None}
+
+
+def sizes(args):
+    """The flags that memory depends on."""
+    names = ("batch_size", "image_size", "width", "dim", "pred_dim", "hidden_dim", "queue_size")
+    return ", ".join(flag_text(name, getattr(args, name)) for name in names if getattr(args, name, None))
 
 
 def finish(run):
     """What was reached, where it is, what to do next."""
     args, score, log = run.args, run.saver.best, run.log
     if args.knn_split == "test":
-        score = next(reversed(read_scores(run.folder.path, log.score).values()), None)
+        score = next(reversed(read_scores(run).values()), None)
     if run.untrained is not None and score is not None:
         log.say(f"{log.title:8}{run.untrained:.2f} % untrained, {score:.2f} % "
                 f"{'at best' if args.knn_split == 'val' else 'at the end, test split'}")
