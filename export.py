@@ -15,7 +15,7 @@ import torch
 
 import common
 import harness
-from harness.checkpoint import file_of, save, write_atomically
+from harness.checkpoint import file_of, save
 from harness.parser import Parser, path
 
 
@@ -67,8 +67,7 @@ def loading_lines(path, checkpoint, classified):
 @harness.command
 def main(argv=None):
     args = parse_args(argv)
-    inside = Path(args.run) / "linear.pt"
-    file = inside if inside.exists() else file_of(args.run)
+    file = file_of(args.run, "linear.pt")
     checkpoint = harness.load_checkpoint(file)
     stem, width, beside = checkpoint["stem"], checkpoint["width"], args.out.with_suffix(".json")
     ours = common.ResNet18(stem=stem, width=width).state_dict()
@@ -81,7 +80,7 @@ def main(argv=None):
     names = ["method", "stem", "width", "image_size", "mean", "std", "classes"] + ["layer"] * classified
     about = json.dumps({name: checkpoint[name] for name in names}, indent=1)
     save(args.out, state)
-    write_atomically(beside, f"{about}\n".encode())
+    save(beside, f"{about}\n".encode())
 
     print(f"read    {file}: {checkpoint['method']}, stem {stem}, width {width}")
     if "classifier" in checkpoint and not classified and not args.backbone_only:

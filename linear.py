@@ -62,7 +62,7 @@ import knn
 import pictures
 from harness import checkpoint, flags, weights
 from harness.parser import absolute_path, path, png_file
-from harness.run import Run, note_changes, set_up
+from harness.run import Run, set_up
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -227,7 +227,7 @@ def open_data(args, pretrained):
     source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
     splits = ["train", *([] if args.no_validation else ["val"]), *(["test"] if args.test else [])]
     if not args.resume and args.knn_split == pretrained["args"]["knn_split"]:
-        note_changes(source, args.data, pretrained["args"], splits)
+        flags.note_changes(source, args.data, pretrained["args"], splits)
     if pretrained.get("note"):
         source.description.append(pretrained["note"])
     args.kind = source.kind
@@ -474,12 +474,20 @@ def draw_confusion(predicted, truth, classes, title):
     return png.getvalue()
 
 
+def stop_reason(args, top1):
+    """Why training ends with a validation accuracy of `top1` percent; None if it does not."""
+    if args.stop_at_accuracy and top1 >= args.stop_at_accuracy:
+        return f"{top1:.2f} % of validation images are right: --stop-at-accuracy {args.stop_at_accuracy:g}"
+
+
 def score(run, splits):
     """Score splits by linear.pt alone, as predict.py will use it; say and write what came out.
 
     splits  {"val" or "test": pictures.Split}; of the last one also the table of classes and the picture.
     """
     folder, classes = run.folder.path, run.dataset.classes
+    if run.args.no_validation:  # the last state is the one that counts
+        checkpoint.save(folder / "linear.pt", harness.load_checkpoint(folder))
     saved = harness.load_checkpoint(folder / "linear.pt")
     backbone = harness.load_backbone(saved, run.device, run.args.program)
     scores, lines = {}, []
@@ -499,11 +507,21 @@ def score(run, splits):
                           (folder / "scores.json", json.dumps(scores, indent=1).encode())):
         checkpoint.save(file, content)
         run.say(f"wrote   {file}")
+    program = f" --program {run.args.program}" if run.args.program else ""
+    run.next_command = f"python predict.py --checkpoint {folder}{program} image.jpg"
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------
+
+
+def make_batches(args, train, passes, features, device):
+    """`passes` over the split an epoch.  features: its (N, C), for --cached."""
+    if args.way == "cached":
+        return CachedPasses(features, train, passes, args.batch_size, device, args.seed, drop_last=False)
+    # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
+    return Passes(train, passes, args.batch_size, device, args.seed, drop_last=args.way not in FROZEN)
 
 
 def make_optimizer(args, parameters, lr):
@@ -536,20 +554,15 @@ def main(argv=None):
     fill_recipe(args, len(train), passes)
     with Run(args, source, device, autocast, scaler, name=f"linear-{args.way}", score="top1", title="top-1",
              best="linear.pt") as run:
-        frozen, features = args.way in FROZEN, {}
+        frozen = args.way in FROZEN
         model = run.place(Classifier(make_backbone(args, pretrained), args.layer, len(dataset.classes), frozen))
-        if frozen:  # its features do not change
-            features = {split: plain_features(model.backbone, args.layer, images, dataset, run)
-                        for split, images in (("train", train), ("val", val)) if images is not None}
-            if not args.raw_features:
-                model.standardise(features["train"])
-        if args.way == "cached":
-            x = (features["train"] - model.mean) / model.std
-            batches = CachedPasses(x, train, passes, args.batch_size, device, args.seed, drop_last=False)
-        else:
-            # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
-            batches = Passes(train, passes, args.batch_size, device, args.seed, drop_last=not frozen)
-        run.feed(dataset, batches)
+        of_train, of_val = (  # features of a frozen network: they do not change
+            plain_features(model.backbone, args.layer, split, dataset, run) if frozen and split else None
+            for split in (train, val))
+        if frozen and not args.raw_features:
+            model.standardise(of_train)
+        x = (of_train - model.mean) / model.std if frozen else None                        # (n, C)
+        run.feed(dataset, make_batches(args, train, passes, x, device))
 
         lr = args.step_lr or args.lr * args.batch_size / 256
         optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad], lr)
@@ -562,7 +575,7 @@ def main(argv=None):
                             extra=lambda: {"layer": args.layer, "classifier": model.plain(), **more})
         run.say(f"trains  on {len(train):,} labelled images, {passes} {'passes' if passes > 1 else 'pass'} per epoch")
         if run.step == 0 and val is not None:
-            run.report(**validate(run, model, val, features.get("val"), loss_of))  # the untrained classifier
+            run.report(**validate(run, model, val, of_val, loss_of))  # the untrained classifier
 
         for x, aspect, labels in run.steps():
             schedule.step(run.step)
@@ -581,18 +594,12 @@ def main(argv=None):
             run.record(loss=loss, train_top1=100.0 * (logits.argmax(dim=1) == labels).float().mean())
 
             if run.epoch_ends and (run.last or run.epoch % args.eval_every == 0):
-                scores, stop = validate(run, model, val, features.get("val"), loss_of), None
-                if args.stop_at_accuracy and scores["top1"] >= args.stop_at_accuracy:
-                    stop = (f"{scores['top1']:.2f} % of validation images are right: "
-                            f"--stop-at-accuracy {args.stop_at_accuracy:g}")
-                run.report(stop, **scores)
+                scores = validate(run, model, val, of_val, loss_of)
+                run.report(stop_reason(args, scores["top1"]), **scores)
 
         if frozen:
             check_frozen(model.backbone, pretrained["backbone"])
-        if args.no_validation:  # the last state is the one that counts
-            checkpoint.save(run.folder.path / "linear.pt", harness.load_checkpoint(run.folder.path))
         score(run, {split: images for split, images in labelled.items() if split != "train"})
-        run.next_command = f"python predict.py --checkpoint {run.folder.path} image.jpg"
 
 
 if __name__ == "__main__":

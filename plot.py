@@ -17,6 +17,7 @@ from pathlib import Path
 
 import common
 import harness
+from harness import flags
 from harness.folder import read_metrics
 from harness.parser import Parser, path
 
@@ -37,9 +38,8 @@ NOT_DRAWN = {"epoch", "step", "seconds", "images_per_second", "knn_20", "knn_10"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 # Flags that say where and how often, not what was trained: they never tell two runs apart.
-PLUMBING = {"method", "way", "data_root", "download", "cache", "skip_unreadable", "out", "resume", "quiet", "contents",
-            "tensorboard", "views_png", "save_every", "keep_every", "knn_every", "test", "confusion", "eval_every",
-            "stop_at_accuracy"}
+PLUMBING = flags.PLUMBING - {"data", "device", "amp", "compile"} | {"way", "test", "confusion", "eval_every",
+                                                                    "stop_at_accuracy"}
 
 Run = collections.namedtuple("Run", "folder args rows")
 
@@ -77,8 +77,8 @@ def make_labels(runs):
         group = [other.args for other in runs if headline(other) == headline(run)]
         differ = [name for name in run.args
                   if name not in PLUMBING and len({str(args.get(name)) for args in group}) > 1]
-        flags = [flag_text(name, run.args[name]) for name in differ[:3]]
-        labels.append(", ".join([headline(run), *filter(None, flags)]))
+        texts = [flag_text(name, run.args[name]) for name in differ[:3]]
+        labels.append(", ".join([headline(run), *filter(None, texts)]))
     return [f"{label} ({run.folder})" if labels.count(label) > 1 else label
             for label, run in zip(labels, runs, strict=True)]
 

@@ -26,6 +26,7 @@ import common
 import harness
 import knn
 import pictures
+from harness.checkpoint import file_of
 from harness.parser import Parser, number, path, png_file
 from harness.weights import program_flag
 
@@ -91,8 +92,7 @@ def read_files(files, size):
 
 def read_checkpoint(path):
     """-> the checkpoint, its layer, and its classifier {"weight", "bias"}, or None for a pre-training run."""
-    inside = Path(path) / "linear.pt"
-    checkpoint = harness.load_checkpoint(inside if inside.exists() else path)
+    checkpoint = harness.load_checkpoint(file_of(path, "linear.pt"))
     if "classifier" not in checkpoint and checkpoint["method"] == "linear":
         raise common.UsageError(f"{path}: holds no classifier; give the run's linear.pt")
     return checkpoint, checkpoint.get("layer", "layer4"), checkpoint.get("classifier")
