@@ -18,7 +18,8 @@ Read on     3.2  Why it need not collapse: xi does not follow the gradient of th
             5    Accuracy falls less than SimCLR's with small batches (to 256) and with weaker views.
             Tab. 5  ImageNet after 300 epochs, 72.5 %: tau 1, a random target, 18.8; tau 0, a copy of the online
                  network, 0.3; tau 0.999 69.8, 0.9 68.4; without predictor 0.2.
-            SimSiam's paper: tau 0 works too, if the predictor learns fast enough.
+            5    Without a target network a predictor that stays near its best keeps z from collapsing: with a
+                 higher rate of its own 66.5 %. SimSiam's paper does without target as well.
 Recipe      flag            paper, ImageNet    lightly, CIFAR-10   here
             --lr            LARS, 0.2 x bs/256 SGD 0.12 x bs/256   SGD; cifar as lightly, photos 0.12, untried
             --batch-size    4096               512                 photos 256 (one GPU), cifar 512
