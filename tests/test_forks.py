@@ -294,7 +294,7 @@ def test_a_fork_goes_by_its_files_name(train, capsys):
     with pytest.raises(SystemExit) as end:
         simsiam.main(["--resume", f"runs/{run}"])
     assert end.value.code == 2
-    assert "a run of barlowtwins.py, not of simsiam.py; " in capsys.readouterr().err
+    assert "a run of barlowtwins.py, not of simsiam.py: that one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", FORKS)

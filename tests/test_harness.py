@@ -922,4 +922,4 @@ def test_a_fork_in_any_folder_is_a_method_of_its_own(start, zoo, tmp_path, capsy
     with pytest.raises(SystemExit) as end:
         importlib.import_module("simsiam").main(["--resume", str(run)])
     err = capsys.readouterr().err
-    assert end.value.code == 2 and "a run of mine.py, not of simsiam.py; " in err and len(err.splitlines()) == 1
+    assert end.value.code == 2 and "a run of mine.py, not of simsiam.py: that one" in err and len(err.splitlines()) == 1
