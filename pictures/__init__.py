@@ -16,12 +16,12 @@ Unreadable  pictures, of whatever kind, stop the program before training: one li
 Label       the position of the class in `classes`; -1 = unlabelled.
 """
 
-from .batches import Batches, Split, labelled
-from .decoding import decode, one_line
-from .folders import Folder, foreign_pictures, no_images
-from .sources import FOOD11, NAMED_DATA, STATISTICS, Items, Source, lines_of, open_source
-from .store import Dataset, pack, usable_cores
-from .toy import TOY_COUNT
+from pictures.batches import Batches, Split, labelled
+from pictures.decoding import decode, one_line
+from pictures.folders import Folder, foreign_pictures, no_images
+from pictures.sources import FOOD11, NAMED_DATA, STATISTICS, Items, Source, lines_of, open_source
+from pictures.store import Dataset, pack, usable_cores
+from pictures.toy import TOY_COUNT
 
 __all__ = [
     "Batches", "Dataset", "FOOD11", "Folder", "Items", "NAMED_DATA", "STATISTICS", "Source", "Split", "TOY_COUNT",

@@ -9,8 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import UsageError, printable
-
-from .decoding import image_extensions
+from pictures.decoding import image_extensions
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # and their titles
 TRAIN, LABELED, UNLABELED = "train(ing)?", "(?<!un)labell?ed", "unl(ab(ell?ed)?)?"

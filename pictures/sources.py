@@ -19,10 +19,9 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from common import UsageError, printable
-
-from .decoding import map_bytes, one_line, open_image
-from .folders import SPLITS, is_food11, natural, recognise
-from .toy import TOY_CLASSES, TOY_COUNT, TOY_VERSION, draw_toy
+from pictures.decoding import map_bytes, one_line, open_image
+from pictures.folders import SPLITS, is_food11, natural, recognise
+from pictures.toy import TOY_CLASSES, TOY_COUNT, TOY_VERSION, draw_toy
 
 NAMED = {  # name -> what it unpacks to below the data root, torchvision's class, and what that needs to fetch it all
     "cifar10": (("cifar-10-batches-py",), "CIFAR10", {}),

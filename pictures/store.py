@@ -10,22 +10,33 @@ import time
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from common import Progress, UsageError, printable
-
-from .batches import Split
-from .decoding import decode, map_bytes, one_line
-from .sources import SPLITS
+from pictures.batches import Split
+from pictures.decoding import decode, map_bytes, one_line
+from pictures.sources import SPLITS
 
 FORMAT = 2  # of a packed store; raise it when the same source would give other bytes
 
-# What `pack` gives. A split that the source lacks, or that was not asked for, is None; the others are of class Split.
-Dataset = make_dataclass("Dataset", "train val test classes mean std size name kind".split())
+
+@dataclass
+class Dataset:
+    """What `pack` gives. A split that the source lacks, or that was not asked for, is None."""
+
+    train: Split | None
+    val: Split | None
+    test: Split | None
+    classes: list
+    mean: tuple
+    std: tuple
+    size: int
+    name: str
+    kind: str
 
 
 def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_unreadable=False, workers=None):
@@ -112,7 +123,7 @@ def build_store(final, split, items, size, quiet, workers):
         packed = publish(aside, final)
     except BrokenPipeError:  # of stdout: nobody reads the progress any more
         raise
-    except (OSError, RuntimeError) as error:  # a mapping that is refused is torch's RuntimeError
+    except OSError as error:
         why = one_line(error, getattr(error, "filename", ""))
         raise UsageError(f"cannot keep packed images in {final.parent} ({why}); make room there or choose another "
                          "folder with --cache") from error
@@ -185,7 +196,10 @@ def create_images(folder, count, size):
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, needed)
-    return torch.from_file(str(path), shared=True, size=needed, dtype=torch.uint8).view(count, 3, size, size)
+    try:
+        return torch.from_file(str(path), shared=True, size=needed, dtype=torch.uint8).view(count, 3, size, size)
+    except RuntimeError as error:  # the system refuses the mapping
+        raise OSError(errno.ENOMEM, one_line(error)) from error
 
 
 def fill(images, chunks):
