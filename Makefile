@@ -11,6 +11,11 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest
 
+# The tests of what is optional, with the packages that it wants: -rs says what is skipped even so.
+check: .venv/extras
+	.venv/bin/python -m pytest -rs tests/test_plot.py tests/test_export.py tests/test_knn.py tests/test_articles.py \
+	    tests/test_tensorboard.py
+
 lint: .venv/linting
 	.venv/bin/ruff check .
 
@@ -20,8 +25,12 @@ lint: .venv/linting
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+.venv/extras: .venv/installed pyproject.toml
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check '.[plot,tensorboard,peers]'
+	touch $@
+
 .venv/linting: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.6'
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test check lint
