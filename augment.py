@@ -2,11 +2,16 @@
 
 Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are new float32 tensors in [0, 1]. With inplace=True an
         operation may write into the float tensor it got, and return that: in a recipe this saves a copy.
-        Given the same parameters, each operation equals torchvision's operation on one float tensor to 1e-5.
-Draws   Made on the host, from an optional CPU torch.Generator, and then moved to the images. So a seed gives the same
-        views on every device, images whose coin said no are skipped, and nothing here waits for a GPU.
-Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops, blurs and jitter are
-        exact to about 1e-3, not 1e-5.
+        Given the same parameters, each operation equals torchvision's operation on one float tensor to 1e-5; but
+        for crops of uint8 pictures of more than SMALL pixels a side on a CPU, which equal torchvision's on uint8
+        tensors: to one level, 1/255, which is what two devices may differ by.
+Draws   Made on the host, from an optional generator: Draws, or a CPU torch.Generator. So a seed gives the same views
+        on every device, and nothing here waits for a GPU. A new operation gets its numbers in one line, uniforms().
+Speed   A CPU works on images whose coin said yes, a few at a time, while they are in its cache. Elsewhere each
+        operation is asked for once for all images, for there the asking takes the time: a coin that said no picks
+        parameters that change nothing.
+Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops and jitter are exact to
+        about 1e-3, not 1e-5.
 
 A recipe is a function of a batch and reads like the sentence in the paper:
 
@@ -18,15 +23,59 @@ A recipe is a function of a batch and reads like the sentence in the paper:
 """
 
 import functools
+import hashlib
+import itertools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-CHUNK_PIXELS = 1 << 16    # pixels a chunk on a CPU: 64 images of 32x32, one of 224x224; 768 kB as float32
-CHUNK_PIXELS_GPU = 1 << 22  # elsewhere: enough to keep a GPU busy, few enough to bound the memory in between
-BLOCK = 64                # at most so many output pixels at once, where a matrix is a narrow band
+SMALL = 48              # pixels a side up to which a CPU crops by products of matrices
+CHUNK_PIXELS = 1 << 16  # pixels a chunk on a CPU: 64 images of 32x32, one of 224x224; 768 kB as float32
+BLOCK = 32              # pixels that a CPU blurs at once along an axis: a blur looks at few others
 RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            # luminance of ITU-R BT.601
+
+
+# ---------------------------------------------------------------------------------------------- draws
+class Draws:
+    """Uniform random numbers for the images of a batch, a function of these alone:
+
+    numbers  whole numbers, for example seed and step.
+    first    the row, in the batch of all processes, where the images at hand begin.
+    and the row of an image and what was drawn before. So one process draws what many would, each for its own images.
+    Source   Philox, a generator that computes its n-th number directly (Salmon et al. 2011), as numpy has it.
+    """
+
+    def __init__(self, *numbers, first=0):
+        digest = hashlib.blake2b(repr(numbers).encode(), digest_size=16).digest()
+        self.key, self.first, self.calls = int.from_bytes(digest, "little"), first, 0
+
+    def uniforms(self, n, k, first=None):
+        """The next k numbers in [0, 1) of each of n rows, from `first` on: (n, k) float64."""
+        blocks, self.calls = math.ceil(k / 4), self.calls + 1          # Philox computes four numbers at a time
+        counter = [blocks * (self.first if first is None else first), self.calls, 0, 0]
+        generator = np.random.Generator(np.random.Philox(key=self.key, counter=counter))
+        return torch.from_numpy(generator.random((n, 4 * blocks))[:, :k])
+
+    def permutation(self, n):
+        """A random order of n rows, the same in every process: (n,) int64."""
+        return self.uniforms(n, 1, first=0)[:, 0].argsort()
+
+
+def uniforms(generator, n, k=1):
+    """k random numbers for each of n images: (n, k) float64 on the host, uniform in [0, 1).
+
+    generator  Draws, a torch.Generator, or None: torch's global one.
+    """
+    if isinstance(generator, Draws):
+        return generator.uniforms(n, k)
+    return torch.rand(n, k, generator=generator, dtype=torch.float64)
+
+
+def coins(generator, n, p):
+    """(n,) bool on the host: for each of n images whether a coin of probability p said yes."""
+    return (uniforms(generator, n) < p).view(n)
 
 
 # ---------------------------------------------------------------------------------------------- plumbing
@@ -61,77 +110,41 @@ def send(host, device):
     return host.to(device, non_blocking=True)
 
 
-class Share(torch.Generator):
-    """A generator for process `rank` of `world`, each of which holds an equal part of every batch.
-
-    What draw() takes from it is this process's part of what one process would draw for the whole batch.
-    """
-
-    rank, world = 0, 1
-
-    def of(self, rank, world):
-        self.rank, self.world = rank, world
-        return self
+@functools.lru_cache(maxsize=64)
+def _constant(values, device, dims=2):
+    """A number for each channel, (3, 1) or (3, 1, 1), sent once for all batches."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, *[1] * (dims - 1))
 
 
-def draw(random, shape, generator, dim=0, **kind):
-    """random(shape, generator=generator, **kind), for example of torch.rand; images lie along `dim`."""
-    rank, n = getattr(generator, "rank", 0), shape[dim]
-    shape = [*shape[:dim], n * getattr(generator, "world", 1), *shape[dim + 1:]]
-    return random(shape, generator=generator, **kind).narrow(dim, rank * n, n)
-
-
-def _uniform(n, low, high, generator):
-    return draw(lambda shape, generator: torch.empty(shape).uniform_(low, high, generator=generator), (n,), generator)
-
-
-def _heads(n, p, generator):
-    """Toss a coin for each image: the host indices (M,) of those that said yes."""
-    return (draw(torch.rand, (n,), generator) < p).nonzero().flatten()
+def _all_at_once(x):
+    """Whether an operation is asked for once for all images; else for those alone that it changes."""
+    return x.device.type != "cpu"
 
 
 def _chunks(n, images):
-    """Slices that cover 0..n, about equally long, each of no more images than a chunk may have pixels."""
-    limit = CHUNK_PIXELS if images.device.type == "cpu" else CHUNK_PIXELS_GPU
-    most = max(1, limit // (images.shape[2] * images.shape[3]))
+    """Slices that cover 0..n, about equally long, of images that fit a CPU's cache; one of all images elsewhere."""
+    most = n if _all_at_once(images) else max(1, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
     step = math.ceil(n / math.ceil(n / most)) if n else 1
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 def _replace(x, which, function, *values):
-    """x[which] = function(copy of x[which], *values); x float32, which (M,) on the host, values (M, ...). Returns x."""
-    which = send(which, x.device)
-    with torch.autocast(x.device.type, enabled=False):               # bf16's 8 bits would spoil the picture
-        for s in _chunks(len(which), x):
-            x.index_copy_(0, which[s], function(x.index_select(0, which[s]), *(v[s] for v in values)))
+    """x[which] = function(copy of x[which], *values[which]) in place.
+
+    x  (N, 3, H, W) float32.  which: (N,) bool on the host.  values: (N, ...), on x's device.
+    """
+    which = which.nonzero().flatten()
+    for s in _chunks(len(which), x):
+        some = x.index_select(0, which[s])
+        x.index_copy_(0, which[s], function(some, *(v[which[s]] for v in values)).expand_as(some))
     return x
 
 
-def _block(size):
-    """How many rows of a banded matrix of `size` rows make a block: all the same, but perhaps for the last."""
-    return math.ceil(size / math.ceil(size / BLOCK))
-
-
-def _two_products(out, wy, first_y, x, wx, first_x):
-    """out[n, c] = Wy[n] @ x[n, c] @ Wx[n]^T, for matrices that are narrow bands.
-
-    out      (n, 3, h, w), written to.  x (n, 3, H, W).
-    wy, wx   (n, blocks, block, band): of each block of rows only a band of columns, all others are zero. Rows
-             beyond h (or w) do not count.
-    first_y, first_x  for each block the row (column) of x where its band begins.
-    """
-    n, _, height, width = x.shape
-    wide = torch.empty(n, 3 * height, out.shape[3], device=x.device)
-    lines = x.reshape(n, 3 * height, width)
-    for b, j in enumerate(first_x):
-        columns = wide[:, :, b * wx.shape[2]:(b + 1) * wx.shape[2]]
-        w = wx[:, b, :columns.shape[2]]
-        torch.bmm(lines[:, :, j:j + w.shape[2]], w.mT, out=columns)                         # (n, 3H, block)
-    wide, out = wide.view(3 * n, height, -1), out.view(3 * n, *out.shape[2:])
-    for b, j in enumerate(first_y):
-        rows = out[:, b * wy.shape[2]:(b + 1) * wy.shape[2]]
-        w = wy[:, b, None, :rows.shape[1]].expand(-1, 3, -1, -1).flatten(0, 1)              # (3n, block, band)
-        torch.bmm(w, wide[:, j:j + w.shape[2]], out=rows)                                   # (3n, block, w)
+def _where(x, which, function):
+    """function(x) for the images that `which`, (N,) bool on the host, says; the others as they are. May change x."""
+    if _all_at_once(x):
+        return torch.where(send(which.view(-1, 1, 1, 1), x.device), function(x), x)
+    return _replace(x, which, function)
 
 
 # ------------------------------------------------------------------------------- crop, resize, flip
@@ -142,121 +155,127 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
     scale    range of the crop's area as a share of the image's, drawn uniformly.
     ratio    range of the crop's width/height in the original picture, drawn uniformly in the logarithm.
     aspect   (n,) host tensor, original width/height of images that were squashed to the square; None: 1. The law is
-             applied to a picture of that shape with as many pixels as are stored, and its box squashed likewise.
-    returns  (n, 4) float32 on the host: top, left, height, width in stored pixels; integers if aspect is 1.
+             applied to a picture of that shape with as many pixels as are stored; the edges of the squashed box are
+             rounded to whole pixels, which moves them by half a pixel at most and the law by nothing to be seen.
+    returns  (n, 4) float32 on the host: top, left, height, width in stored pixels, whole numbers.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
         raise ValueError(f"scale and ratio must be (low, high) with 0 < low <= high, got {scale} and {ratio}")
-    root = _host(torch.ones(n) if aspect is None else aspect, (n,), "aspect").double().sqrt()
-    full = torch.stack([side / root, side * root], dim=1).round().clamp(min=1)              # (n, 2): height, width
+    squashed = aspect is not None and set(_host(aspect, (n,), "aspect").tolist()) != {1.0}
+    full = torch.full((n, 2), float(side), dtype=torch.float64)                             # height, width
+    if squashed:
+        root = aspect.double().sqrt()
+        full = torch.stack([side / root, side * root], dim=1).round_().clamp_(min=1)
 
     # Ten tries at an area and a shape; the first that fits inside the image is taken.
-    tries = draw(torch.rand, (2, n, 10), generator, dim=1, dtype=torch.float64)
-    area = full.prod(1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * tries[0])       # (n, 10)
-    shape = (math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * tries[1]).exp()
-    crops = torch.stack([area / shape, area * shape], dim=2).sqrt().round()                 # (n, 10, 2)
-    fits = ((crops > 0) & (crops <= full[:, None])).all(2)
-
-    # An eleventh try that always fits: the largest central crop whose shape lies within `ratio`.
-    largest = torch.stack([full[:, 1] / ratio[0], full[:, 0] * ratio[1]], dim=1).round().clamp(min=1).minimum(full)
-    first = (fits.cumsum(1) == 0).sum(1)                        # 0-9: the first that fits; 10: none did
-    crop = torch.cat([crops, largest[:, None]], dim=1)[torch.arange(n), first]              # (n, 2)
-
-    place = draw(torch.rand, (2, n), generator, dim=1, dtype=torch.float64).T
-    corner = torch.where(first[:, None] < 10, place * (full - crop + 1), (full - crop) / 2).floor()
-    return (torch.cat([corner, crop], dim=1) * (side / full).repeat(1, 2)).float()          # (n, 4)
-
-
-def _bands(start, length, sides, size, flip, reach):
-    """The stored pixels that each block of output pixels looks at, on both axes: first and last + 1, (N, 2, blocks).
-
-    start, length, flip  (N, 2, 1): as _resize_weights has them.  sides (2, 1): height and width of the images.
-    reach                of the filter, in steps or pixels.
-    """
-    step = length / size                                                                    # (N, 2, 1)
-    i = torch.arange(0, size, _block(size))                                                 # (blocks,)
-    k = (i + _block(size)).clamp(max=size)
-    i, k = torch.where(flip, size - k, i), torch.where(flip, size - i, k)                   # (N, 2, blocks)
-    margin = reach * step.clamp(min=1)
-    first = torch.maximum(start + (i + 0.5) * step - margin, start).floor()
-    end = torch.minimum(start + (k - 0.5) * step + margin, start + length).ceil()
-    return first.int(), end.minimum(sides).int()
+    area, shape, place = uniforms(generator, n, 22).split([10, 10, 2], dim=1)
+    whole = full.prod(1, keepdim=True)
+    area = torch.addcmul(whole * scale[0], whole, area, value=scale[1] - scale[0])          # (n, 10)
+    shape = torch.pow(ratio[1] / ratio[0], shape).mul_(ratio[0])
+    crops = torch.stack([area / shape, area * shape], dim=2).sqrt_().round_().clamp_(min=1)  # (n, 10, 2)
+    fits, first = (crops <= full[:, None]).all(2).max(1)        # (n,): whether any fits, and the first that does
+    crop = crops[torch.arange(n), first]                                                    # (n, 2)
+    corner = torch.addcmul(place, place, full - crop).floor_()                     # of full - crop + 1 places
+    if not fits.all():
+        # An eleventh try that always fits: the largest central crop whose shape lies within `ratio`.
+        largest = torch.stack([full[:, 1] / ratio[0], full[:, 0] * ratio[1]], dim=1).round_().clamp_(min=1)
+        crop = torch.where(fits[:, None], crop, largest.minimum(full))
+        corner = torch.where(fits[:, None], corner, ((full - crop) / 2).floor_())
+    if squashed:
+        begin, end = (torch.stack([corner, corner + crop]) * (side / full)).round_()
+        corner = begin.clamp_(max=side - 1)
+        crop = end.maximum(corner + 1) - corner
+    return torch.cat([corner, crop], dim=1).float()                                         # (n, 4)
 
 
-def _resize_weights(start, length, first, width, size, flip, interpolation):
-    """The matrices that crop and resize both axes, as _two_products wants them: (n, 2, blocks, block, width).
+def _crop(images, boxes, size, interpolation):
+    """resized_crop() of boxes that fit; one of negative width begins at its right edge, so that it is mirrored."""
+    n, _, height, width = images.shape
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    out = torch.empty(n, 3, size, size, device=images.device)
+    singly = max(height, width) > SMALL and not _all_at_once(images)
+    with torch.autocast(images.device.type, enabled=False):                 # bf16's 8 bits would spoil the picture
+        for s in _chunks(n, images):
+            (_crop_singly if singly else _crop_together)(images[s], boxes[s], out[s], interpolation)
+    return out.clamp_(0, 1) if interpolation == "bicubic" else out
 
-    start, length  (n, 2, 1, 1, 1) the crop, in pixels of the stored image: top and left, height and width.
-    first          (2, blocks, 1, 1) the stored pixel where each block's band begins; it is `width` pixels wide.
-    flip           (n, 2, 1, 1, 1) bool, mirror the output on this axis.
+
+def _crop_singly(images, boxes, out, interpolation):
+    """torch's own kernel, picture by picture: for larger pictures, where it looks at fewer pixels."""
+    size, crops = out.shape[2:], []
+    if images.dtype == torch.uint8:
+        images = images.contiguous(memory_format=torch.channels_last)                   # what its fast kernels want
+    for image, (top, left, height, width) in zip(images, boxes.int().tolist(), strict=True):
+        crop = image[None, :, top:top + height, min(left, left + width):max(left, left + width)]
+        crop = F.interpolate(crop, size, mode=interpolation, antialias=True)
+        crops.append(crop.flip(3) if width < 0 else crop)
+    out.copy_(torch.cat(crops))
+    if images.dtype == torch.uint8:
+        out.div_(255)
+
+
+def _crop_together(images, boxes, out, interpolation):
+    """Crop, resize and flip are linear on each axis, so that one matrix an axis does all: Wy @ image @ Wx^T.
 
     Output pixel i looks at the point c = start + (i + 1/2) * step, step = length / size. A stored pixel j,
     its centre at j + 1/2, counts by its distance |j + 1/2 - c|, measured in steps when the image shrinks (the
-    filter widens and misses no pixel: antialiasing) and in stored pixels when it grows. Pixels outside the
-    crop do not count; those that the edge of a fractional crop cuts count by their share inside.
+    filter widens and misses no pixel: antialiasing) and in stored pixels when it grows; outside the crop not at all.
     """
-    i = (torch.arange(first.shape[1] * _block(size), device=start.device) + 0.5).view(first.shape[1], -1, 1)
-    i = torch.where(flip, size - i, i)                                                  # (n, 2, blocks, block, 1)
-    j = torch.arange(width, device=start.device) + 0.5 + first - start                  # (n, 2, blocks, 1, width)
+    n, _, height, width = images.shape
+    size, side, device = out.shape[2], max(height, width), images.device
+    start, length = send(boxes.view(n, 2, 2, 1, 1), device).unbind(1)                       # (n, 2, 1, 1)
     step = length / size
-    inside = (length + 0.5 - j).clamp_(0, 1).mul_((j + 0.5).clamp_(0, 1))
-    t = (j - i * step).div_(step.clamp(min=1)).abs_()                               # (n, 2, blocks, block, width)
+    j = _centres(side, device, 1) - start                                                   # (n, 2, 1, side)
+    t = (j - _centres(size, device, 0) * step).div_(step.abs().clamp_(min=1)).abs_()        # (n, 2, size, side)
+    w = 1 - t
     if interpolation == "bilinear":
-        w = t.neg_().add_(1).clamp_(min=0)                                                 # 1 - t up to t = 1
+        w.clamp_(min=0)                                                                     # 1 - t up to t = 1
     else:
-        # Keys' cubic, a = -1/2: 1.5 t^3 - 2.5 t^2 + 1 on [0, 1], then -0.5 t^3 + 2.5 t^2 - 4 t + 2 on [1, 2].
-        # Both are 0 at the end of their range that the clamp holds them at, so that their sum is the filter.
-        t1, t2 = t.clamp(max=1), t.clamp(1, 2)
-        w = (1.5 * t1 - 2.5) * t1 * t1 + 1 + ((-0.5 * t2 + 2.5) * t2 - 4) * t2 + 2
-    w.mul_(inside)
-    return w.div_(w.sum(4, keepdim=True))
+        # Keys' cubic, a = -1/2: 1.5 t^3 - 2.5 t^2 + 1 on [0, 1], -0.5 t^3 + 2.5 t^2 - 4 t + 2 on [1, 2], 0 beyond. With
+        # p = max(0, 2 - t) and q = max(0, 1 - t), twice that is (1 - t) (p^2 + q (2 - 4 q)).
+        p, q = (w + 1).clamp_(min=0), w.clamp(min=0)
+        w.mul_((p * p).addcmul_(q, torch.rsub(q, 2, alpha=4)))
+    w.mul_(length / j > 1)                                                      # whether j lies within the crop
+    wy, wx = w.div_(w.sum(3, keepdim=True)).unbind(1)                                       # (n, size, side)
+    rows = images.to(torch.float32).contiguous().view(n, 3 * height, width)
+    if height != width:
+        wy, wx = wy[..., :height], wx[..., :width]
+    rows = torch.bmm(rows, wx.mT).view(3 * n, height, size)
+    wy, out = wy.repeat(1, 3, 1).view(3 * n, size, height), out.view(3 * n, size, size)
+    torch.baddbmm(out, wy, rows, beta=0, alpha=1 / 255 if images.dtype == torch.uint8 else 1, out=out)
+
+
+@functools.lru_cache(maxsize=64)
+def _centres(n, device, axis):
+    """Of n pixels in a row, as a column (axis 0) or a row (1); made once for all batches."""
+    return torch.arange(0.5, n, device=device).unsqueeze(1 - axis)
 
 
 def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
     """Crop a box out of each image and resize it to size x size, antialiased; mirror some of them.
 
-    boxes          (N, 4) host tensor: top, left, height, width in pixels; fractions are allowed.
+    boxes          (N, 4) host tensor: top, left, height, width in whole pixels.
     flip           (N,) bool host tensor: mirror left-right; None: none.
     interpolation  "bilinear", or "bicubic" (clamped to [0, 1]).
     returns        (N, 3, size, size) float32.
-
-    Crop, resize and flip are linear on each axis, so that one matrix an axis does all: Wy @ image @ Wx^T.
     """
     _check(images)
-    n, _, height, width = images.shape
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
-    boxes = _host(boxes, (n, 4), "boxes", torch.float32)
-    start, length = boxes[:, :2, None], boxes[:, 2:, None]                                  # (N, 2, 1)
-    sides = torch.tensor([height, width])[:, None]
-    if not bool(((start >= 0) & (length >= 1e-3) & (start + length <= sides + 5e-4)).all()):
-        raise ValueError(f"boxes must lie within the {height}x{width} images and not be empty")
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    flips = torch.zeros(n, 2, 1, dtype=torch.bool)
-    if flip is not None:
-        flips[:, 1, 0] = _host(flip, (n,), "flip")
-    first, end = _bands(start, length, sides, size, flips, 1 if interpolation == "bilinear" else 2)
+    boxes, sides = _host(boxes, (len(images), 4), "boxes", torch.float32), torch.tensor(images.shape[2:])
+    corner, length = boxes.split(2, dim=1)
+    if not ((corner >= 0) & (length >= 1) & (corner + length <= sides)).all() or not boxes.equal(boxes.round()):
+        raise ValueError(f"boxes must be whole pixels within the {sides[0]}x{sides[1]} images, and not empty")
+    return _crop(images, boxes if flip is None else _mirrored(boxes, flip), size, interpolation)
 
-    out = torch.empty(n, 3, size, size, device=images.device)
-    start, length, flips = (send(v, images.device)[..., None, None] for v in (start, length, flips))
-    with torch.autocast(images.device.type, enabled=False):
-        for s in _chunks(n, images):
-            # One band a block that holds those of all images of the chunk; all blocks' bands have the same width.
-            begin, stop = first[s].amin(0), end[s].amax(0)                                  # (2, blocks)
-            width = (stop - begin).amax(1, keepdim=True)                                    # (2, 1)
-            begin = begin.minimum(stop.amax(1, keepdim=True) - width)
-            (rows, columns), ((high,), (wide,)) = begin.tolist(), width.tolist()
-            begin = send(begin, images.device)[..., None, None]                             # (2, blocks, 1, 1)
-            w = _resize_weights(start[s], length[s], begin, max(high, wide), size, flips[s], interpolation)
-            wy, wx = w[:, 0, ..., :high], w[:, 1, ..., :wide]                           # (n, blocks, block, band)
-            if images.dtype == torch.uint8:
-                wy.div_(255)
-            y0, x0 = min(rows), min(columns)
-            x = images[s, :, y0:max(rows) + high, x0:max(columns) + wide]
-            x = x.to(torch.float32, memory_format=torch.contiguous_format)
-            _two_products(out[s], wy, [j - y0 for j in rows], x, wx, [j - x0 for j in columns])
-    return out.clamp_(0, 1) if interpolation == "bicubic" else out
+
+MIRROR = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, -1]])       # left + width, -width
+
+
+def _mirrored(boxes, which):
+    """Boxes (n, 4); those that `which` (n,) says begin at their right edge and have a negative width."""
+    return torch.where(_host(which, (len(boxes),), "flip")[:, None], boxes.mm(MIRROR), boxes)
 
 
 def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.0, aspect=None,
@@ -267,8 +286,9 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), f
     """
     _check(images, square=True)
     boxes = crop_boxes(len(images), images.shape[2], scale, ratio, aspect, generator)
-    flips = draw(torch.rand, (len(images),), generator) < flip if flip > 0 else None
-    return resized_crop(images, boxes, size, flips, interpolation)
+    if flip > 0:
+        boxes = _mirrored(boxes, coins(generator, len(images), flip))
+    return _crop(images, boxes, size, interpolation)
 
 
 def center_crop(images, size, aspect=None, fraction=1.0):
@@ -286,19 +306,21 @@ def center_crop(images, size, aspect=None, fraction=1.0):
     if size == side and fraction == 1 and bool((aspect == 1).all()):
         return _float(images, copy=True)
     # Of a picture a wide and 1 high, the square takes min(a, 1) of the height and min(1/a, 1) of the width.
-    h, w = side * fraction * aspect.clamp(max=1), side * fraction * (1 / aspect).clamp(max=1)
-    return resized_crop(images, torch.stack([(side - h) / 2, (side - w) / 2, h, w], dim=1), size)
+    share = torch.stack([aspect.clamp(max=1), (1 / aspect).clamp(max=1)], dim=1)            # (N, 2)
+    length = (side * fraction * share).round().clamp(min=1)
+    return _crop(images, torch.cat([((side - length) / 2).floor(), length], dim=1), size, "bilinear")
 
 
 def random_horizontal_flip(x, p=0.5, generator=None, inplace=False):
     """Mirror each image left-right with probability p."""
-    return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator), lambda x: x.flip(3))
+    heads = coins(generator, len(x), p)
+    return _where(_float(x, copy=not inplace), heads, lambda x: x.flip(3))
 
 
 def random_crop(x, padding=4, generator=None):
     """torchvision's RandomCrop(side, padding): shift each image by up to `padding` pixels, filling with 0."""
     x = _float(x)
-    top, left = draw(functools.partial(torch.randint, 0, 2 * padding + 1), (2, len(x)), generator, dim=1)
+    top, left = (uniforms(generator, len(x), 2) * (2 * padding + 1)).long().unbind(1)
     # All shifted images exist as views of the padded ones; pick one each.
     shifts = F.pad(x, [padding] * 4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # (N, 3, 2p+1, 2p+1, H, W)
     return shifts[torch.arange(len(x), device=x.device), :, send(top, x.device), send(left, x.device)]
@@ -309,43 +331,40 @@ def rotate(x, k):
     _check(x, square=True)
     k, x = _host(k, (len(x),), "k"), _float(x, copy=True)
     for turns in (1, 2, 3):
-        _replace(x, (k % 4 == turns).nonzero().flatten(), functools.partial(torch.rot90, k=turns, dims=(2, 3)))
+        x = _where(x, k % 4 == turns, functools.partial(torch.rot90, k=turns, dims=(2, 3)))
     return x
 
 
 # ------------------------------------------------------------------------------------------- colour
-def _gray(x):
-    """(N, 3, H, W) -> (N, 1, H, W) luminance."""
-    r, g, b = x.split(1, dim=1)
-    return (r * RGB_TO_GRAY[0]).add_(g, alpha=RGB_TO_GRAY[1]).add_(b, alpha=RGB_TO_GRAY[2])
-
-
-def _blend_matrices(factor, gray_share, mean_share):
-    """Brightness, contrast and saturation as one formula, so that each image can do a different one.
-
-    It is clamp(factor * x + (1 - factor) * base), where base is black (shares 0: brightness), the mean of the
-    grey image (mean_share 1: contrast) or the grey image (gray_share 1: saturation): all linear in rgb.
-
-    factor   host tensor (...); gray_share and mean_share of the same shape, or one number for all.
-    returns  own (..., 3, 3) and mean (..., 1, 3): a pixel becomes clamp(own @ rgb + mean @ image's mean rgb).
-    """
-    luminance = torch.tensor([RGB_TO_GRAY])                                                 # (1, 3)
-    factor, gray_share, mean_share = (torch.as_tensor(v)[..., None, None] for v in (factor, gray_share, mean_share))
-    own = factor * torch.eye(3) + (1 - factor) * gray_share * luminance
-    return own, (1 - factor) * mean_share * luminance
+# Brightness, contrast and saturation are one formula, so that each image can do a different one:
+# clamp(factor * x + (1 - factor) * base), where base is black, the mean of the grey image, or the grey image. All three
+# are linear in rgb: BASES @ (r, g, b, mean r, mean g, mean b). The fourth base is that of nothing to be done.
+BRIGHTNESS, CONTRAST, SATURATION, NOTHING, HUE, STILL = range(6)
+EYE = torch.eye(3, 6)
+BASES = torch.zeros(4, 3, 6)
+BASES[SATURATION, :, :3] = BASES[CONTRAST, :, 3:] = torch.tensor(RGB_TO_GRAY)
+# Of the 24 orders of color_jitter, and of a last one for images whose coin said no: the blends in three slots before
+# the hue and in three after it; whether the hue is turned or stays; and its place (4: none).
+ORDERS = list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
+PLACES = [order.index(HUE) for order in ORDERS]
+SLOTS = torch.tensor([[*order[:h], *[NOTHING] * (3 - h), *order[h + 1:], *[NOTHING] * h, HUE]
+                      for order, h in zip(ORDERS, PLACES, strict=True)] + [[NOTHING] * 6 + [STILL]])    # (25, 7)
+SLOT_BASES, HUE_PLACE = BASES[SLOTS[:, :6]], torch.tensor([*PLACES, 4])                     # (25, 6, 3, 6), (25,)
 
 
 def _blend(x, own, mean, out):
-    """out = _blend_matrices' own (n, 3, 3) and mean (n, 1, 3; None: zeros) applied to x (n, 3, H, W). Returns out."""
-    pixels = x.flatten(2)                                                                   # (n, 3, HW)
-    torch.bmm(own, pixels, out=out.flatten(2))
-    if mean is not None:
-        out.add_((mean @ pixels.mean(2, keepdim=True))[..., None])                          # (n, 1, 1, 1)
+    """out = a blend of x, both (n, 3, pixels), by the two halves of its matrices, (n, 3, 3) each. Returns out."""
+    if _all_at_once(x) or mean.any():            # the mean over the image, which only contrast looks at
+        torch.baddbmm(torch.bmm(mean, x.mean(2, keepdim=True)), own, x, out=out)
+    else:
+        torch.bmm(own, x, out=out)
     return out.clamp_(0, 1)
 
 
 def _hue_(x, shift):
-    """In place: turn each image's hue by shift (n, 1, 1) of a full circle; HSV's value and saturation stay.
+    """In place: turn the hue of each image of x (n, 3, pixels); HSV's value and saturation stay.
+
+    shift  (n, 1, 1), of a circle of length 6; at most half of it.
 
     This is HSV without its six cases. The hues H lie on a circle of length 6: red at 0, green at 2, blue at
     4. Stretch a pixel's colours to u, from 0 (the least) to 1 (the greatest): u_r is 1 within a distance of 1
@@ -354,64 +373,61 @@ def _hue_(x, shift):
     lesser rises to 1, each over a distance of 1. So, on green's side of red if g > b, else on blue's,
         |H| = u_g + u_b + 1 - u_r = 1 + (g + b - r - low) / (high - low).
     """
-    r, g, b = x.unbind(1)                                                           # views, each (n, H, W)
-    low = torch.minimum(torch.minimum(r, g), b)
-    chroma = torch.maximum(torch.maximum(r, g), b).sub_(low).clamp_(min=1e-12)  # grey has no hue; avoid 0 / 0
+    r, g, b = x.split(1, dim=1)                                                     # views, each (n, 1, pixels)
+    low = x.amin(1, keepdim=True)
+    chroma = x.amax(1, keepdim=True).sub_(low).clamp_(min=1e-12)                    # grey has no hue; avoid 0 / 0
     h = (g + b).sub_(r).sub_(low).div_(chroma).add_(1)
-    h.copysign_(g - b).add_(6 * shift)
+    h.copysign_(g - b).add_(shift)
     h.sub_((h / 6).floor_(), alpha=6)                                               # into [0, 6)
-    # Forwards: u_g = clamp(2 - |h - 2|) = clamp(min(h, 4 - h)) in [0, 1]; u_b = clamp(min(h - 2, 6 - h));
-    # u_r = clamp(max(2 - h, h - 4)) = -clamp(min(h - 2, 4 - h)) in [-1, 0].
-    up, down = h - 2, 4 - h
-    torch.addcmul(low, torch.minimum(up, down).clamp_(-1, 0), chroma, value=-1, out=r)
-    torch.addcmul(low, torch.minimum(h, down).clamp_(0, 1), chroma, out=g)
-    torch.addcmul(low, torch.minimum(up, down.add_(2)).clamp_(0, 1), chroma, out=b)
-    return x
+    # Forwards: u_g = clamp(2 - |h - 2|), u_b = clamp(2 - |h - 4|), and u_r, where the circle ends, clamp(|h - 3| - 1).
+    centre, sign, shift = (_constant(v, x.device) for v in ((3, 2, 4), (1, -1, -1), (-1, 2, 2)))
+    u = (h - centre).abs_().mul_(sign).add_(shift).clamp_(0, 1)                     # (n, 3, pixels)
+    return torch.addcmul(low, u, chroma, out=x)
 
 
-def _adjust(x, factor, gray_share, mean_share):
+def _adjust(x, factor, kind):
     x = _float(x)
-    factor = _host(factor, (len(x),), "factor", torch.float32)
-    own, mean = (send(v, x.device) for v in _blend_matrices(factor, gray_share, mean_share))
+    factor = _host(factor, (len(x),), "factor", torch.float32).view(-1, 1, 1)
+    matrices = send(torch.lerp(BASES[kind], EYE, factor), x.device)                         # (N, 3, 6)
     with torch.autocast(x.device.type, enabled=False):
-        return _blend(x, own, mean, out=torch.empty_like(x))
+        return _blend(x.flatten(2), *matrices.split(3, dim=2), torch.empty_like(x).flatten(2)).view_as(x)
 
 
 def adjust_brightness(x, factor):
     """factor * x, clamped; factor (N,) host tensor >= 0, where 1 changes nothing."""
-    return _adjust(x, factor, 0, 0)
+    return _adjust(x, factor, BRIGHTNESS)
 
 
 def adjust_contrast(x, factor):
     """factor * x + (1 - factor) * the mean of the grey image, clamped; factor (N,) host tensor >= 0."""
-    return _adjust(x, factor, 0, 1)
+    return _adjust(x, factor, CONTRAST)
 
 
 def adjust_saturation(x, factor):
     """factor * x + (1 - factor) * the grey image, clamped; factor (N,) host tensor >= 0."""
-    return _adjust(x, factor, 1, 0)
+    return _adjust(x, factor, SATURATION)
 
 
 def adjust_hue(x, factor):
     """Turn the hue by factor, (N,) host tensor in [-0.5, 0.5] of a full circle."""
     x = _float(x, copy=True)
-    return _hue_(x, send(_host(factor, (len(x),), "factor", torch.float32), x.device)[:, None, None])
+    shift = 6 * _host(factor, (len(x),), "factor", torch.float32)[:, None, None]
+    return _hue_(x.flatten(2), send(shift, x.device)).view_as(x)
 
 
-def _jitter(hue_step, turns, x, is_contrast, own, mean, shift):
-    """The four operations of color_jitter on images (n, 3, H, W) whose hue comes at step hue_step; x is used up.
+def _jitter(before, after, turns, x, matrices, shift):
+    """Of color_jitter: `before` blends, the hue (if it turns at all), `after` blends; x (n, 3, H, W) is used up.
 
-    is_contrast (n, 4) host bool; own (n, 4, 3, 3) and mean (n, 4, 1, 3) of _blend_matrices, shift (n, 4, 1, 1):
-    what each image has at each step.  turns: whether the hue is turned at all.
+    matrices (n, 6, 3, 6), as SLOTS has the blends; shift (n, 1, 1) as for _hue_.
     """
+    shape, x, (own, mean) = x.shape, x.flatten(2), (half.unbind(1) for half in matrices.split(3, dim=3))
     spare = torch.empty_like(x)
-    for step in range(4):
-        if step != hue_step:
-            needed = is_contrast[:, step].any()  # the mean over the image, which only contrast looks at
-            x, spare = _blend(x, own[:, step], mean[:, step] if needed else None, out=spare), x
+    for slot in (*range(before), None, *range(3, 3 + after)):
+        if slot is not None:
+            x, spare = _blend(x, own[slot], mean[slot], out=spare), x
         elif turns:
-            x = _hue_(x, shift[:, step])
-    return x
+            x = _hue_(x, shift)
+    return x.view(shape)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None, inplace=False):
@@ -424,30 +440,29 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
         raise ValueError("brightness, contrast and saturation must be >= 0, and hue within [0, 0.5], got "
                          f"{brightness}, {contrast}, {saturation}, {hue}")
-    n = len(x)
-    applies = draw(torch.rand, (n,), generator) < p
-    ranges = [(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)] + [(-hue, hue)]
-    factors = torch.stack([_uniform(n, *r, generator) for r in ranges], dim=1)              # (N, 4)
-    order = draw(torch.rand, (n, 4), generator).argsort(dim=1)       # (N, 4): what comes first, second, ...
-
-    # Images whose hue comes at the same step go together: their other three steps are blends, each its own.
-    hue_step = (order == 3).int().argmax(dim=1).masked_fill(~applies, 4)                 # (N,); 4: left alone
-    sort, counts = hue_step.argsort(), torch.bincount(hue_step, minlength=5).tolist()
-    order = order[sort]
-    factors = factors[sort].gather(1, order)                            # (N, 4): the factor at each step
-    is_contrast = order == 1
-    own, mean = _blend_matrices(factors, order == 2, is_contrast)                           # (N, 4, 3 or 1, 3)
-    own, mean, shift = (send(v, x.device) for v in (own, mean, factors[..., None, None]))
-    groups = zip(*(v.split(counts) for v in (sort, is_contrast, own, mean, shift)), strict=True)
-
-    for step, (which, *values) in zip(range(4), groups, strict=False):              # the fifth stays as it is
-        _replace(x, which, functools.partial(_jitter, step, hue > 0), *values)
+    u, coin = uniforms(generator, len(x), 7).float().split([6, 1], dim=1)
+    if p == 0:
+        return x
+    # A number below p is uniform in [0, p): it is the coin and chooses one of the 24 orders. The coin says no: 24.
+    order = (coin * (24 / p)).long().clamp_(max=24)[:, 0]                                   # (N,)
+    strengths = brightness, contrast, saturation, 0, 6 * hue, 0                             # of BRIGHTNESS ... STILL
+    low = torch.tensor([*(max(0.0, 1 - s) for s in strengths[:3]), 1, -6 * hue, 0], dtype=torch.float32)
+    high = torch.tensor([*(1 + s for s in strengths[:3]), 1, 6 * hue, 0], dtype=torch.float32)
+    factors, shift = torch.lerp(low, high, u).gather(1, SLOTS[order]).view(-1, 7, 1, 1).split([6, 1], dim=1)
+    values = torch.lerp(SLOT_BASES[order], EYE, factors), shift[:, 0]                       # (N, 6, 3, 6), (N, 1, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        if _all_at_once(x):
+            return _jitter(3, 3, hue > 0, x, *(send(v, x.device) for v in values))
+        for place in range(4):              # images whose hue comes at the same place go together, without empty slots
+            _replace(x, HUE_PLACE[order] == place, functools.partial(_jitter, place, 3 - place, hue > 0), *values)
     return x
 
 
 def random_grayscale(x, p=0.2, generator=None, inplace=False):
     """Replace each image, with probability p, by its luminance."""
-    return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator), lambda x: _gray(x).expand(-1, 3, -1, -1))
+    luminance = _constant(RGB_TO_GRAY, x.device, 3)
+    heads = coins(generator, len(x), p)
+    return _where(_float(x, copy=not inplace), heads, lambda x: (x * luminance).sum(1, keepdim=True))
 
 
 def solarize(x, threshold=0.5, p=0.2, generator=None, inplace=False):
@@ -458,66 +473,53 @@ def solarize(x, threshold=0.5, p=0.2, generator=None, inplace=False):
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
-    return _replace(_float(x, copy=not inplace), _heads(len(x), p, generator),
-                    lambda x: torch.where(x >= threshold, 1 - x, x))
+    heads = coins(generator, len(x), p)
+    return _where(_float(x, copy=not inplace), heads, lambda x: torch.where(x >= threshold, 1 - x, x))
 
 
 # --------------------------------------------------------------------------------- blur, normalise
-def blur(x, sigma, kernel_size):
+def _blur(radius, x, sigma):
+    """x (n, 3, H, W) blurred with reflected edges by 2 * radius + 1 taps of a Gaussian of sigma (n,); 0: not at all.
+
+    A blur is linear on each axis, and moved by a pixel it is the same: a matrix of `block` rows, row i with its taps at
+    columns i to i + 2 * radius, does for one block of output pixels after the other.
+    """
+    n, _, height, width = x.shape
+    t = _centres(2 * radius + 1, x.device, 1) - (radius + 0.5)                              # -radius ... radius
+    taps = (-0.5 * (t / sigma.clamp(min=1e-6)[:, None]) ** 2).softmax(dim=1)                # (n, taps)
+    taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
+    block = min(height, width) if _all_at_once(x) else min(height, width, BLOCK)
+    reach = block + 2 * radius
+    matrix = F.pad(taps, (block - 1, block - 1)).unfold(1, reach, 1).flip(1)                # (n, block, reach)
+    lines = F.pad(x, [radius] * 4, mode="reflect").view(n, -1, width + 2 * radius)
+    wide = x.new_empty(n, lines.shape[1], width)
+    for i in (*range(0, width - block, block), width - block):
+        torch.bmm(lines[:, :, i:i + reach], matrix.mT, out=wide[:, :, i:i + block])
+    wide, matrix = wide.view(3 * n, -1, width), matrix.repeat(1, 3, 1).view(3 * n, block, reach)
+    out = x.new_empty(3 * n, height, width)
+    for i in (*range(0, height - block, block), height - block):
+        torch.bmm(matrix, wide[:, i:i + reach], out=out[:, i:i + block])
+    return out.view(n, 3, height, width)
+
+
+def blur(x, sigma, kernel_size, inplace=False):
     """Gaussian blur with reflected edges, each image its own width.
 
-    sigma        (N,) host tensor, > 0, in pixels.
+    sigma        (N,) host tensor, in pixels; 0: not at all.
     kernel_size  odd number of taps; at most 2 * side - 1, for a reflection reaches no further than the image.
     returns      (N, 3, H, W) float32.
-
-    A blur is linear on each axis: out = By @ x @ Bx^T. Row i of B holds the Gaussian around i; a tap that
-    falls outside is added where the reflection puts it.
     """
-    x = _float(x, copy=True)
-    sigma = _host(sigma, (len(x),), "sigma", torch.float32)
-    if bool((sigma <= 0).any()):
-        raise ValueError("sigma must be greater than 0")
-    return _blur(x, torch.arange(len(x)), sigma, kernel_size)
-
-
-def _blur(x, which, sigma, kernel_size):
-    """x[which] = blur(x[which], sigma, kernel_size), for host indices (M,) and sigmas (M,). Returns x."""
+    x, sigma = _float(x, copy=not inplace), _host(sigma, (len(x),), "sigma", torch.float32)
+    if min(sigma.tolist(), default=0) < 0:
+        raise ValueError("sigma must not be negative")
     most = 2 * min(x.shape[2:])
     if kernel_size % 2 != 1 or not 0 < kernel_size < most:
         raise ValueError(f"kernel_size must be odd and less than {most}, got {kernel_size}")
-    if len(which) == 0:  # a recipe without blur
+    if not any(sigma.tolist()):
         return x
-    sigma = send(sigma, x.device)[:, None]                                                 # (M, 1)
-    radius = kernel_size // 2
-    t = torch.arange(-radius, radius + 1, device=x.device)
-    taps = (-0.5 * (t / sigma) ** 2).softmax(dim=1)                                         # (M, kernel)
-    taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
-
-    def axis(side):
-        """What _two_products wants to know of an axis: the columns in its band that a row's taps add to; the bands."""
-        block = _block(side)
-        rows = torch.arange(math.ceil(side / block) * block).clamp(max=side - 1)       # those beyond do not count
-        band = min(side, block + 2 * radius)
-        first = (rows[::block] - radius).clamp(0, side - band)                                # (blocks,)
-        i = rows[:, None] + torch.arange(-radius, radius + 1)                                 # (rows, kernel)
-        i = (side - 1) - ((side - 1) - i.abs()).abs()                                  # -1 is reflected to 1
-        i = i.view(len(first), block, -1) - first[:, None, None]
-        return send(i, x.device), first.tolist(), band
-
-    axes = {side: axis(side) for side in x.shape[2:]}                                  # one, of a square image
-
-    def blurred(x, taps):
-        matrices = {}
-        for side, (source, _, band) in axes.items():
-            zeros = torch.zeros(len(taps), *source.shape[:2], band, device=x.device)    # (n, blocks, block, band)
-            matrices[side] = zeros.scatter_add_(3, source.expand(len(taps), -1, -1, -1),
-                                                taps[:, None, None].expand(-1, *source.shape))
-        height, width = x.shape[2:]
-        out = torch.empty_like(x)
-        _two_products(out, matrices[height], axes[height][1], x, matrices[width], axes[width][1])
-        return out
-
-    return _replace(x, which, blurred, taps)
+    blurred = functools.partial(_blur, kernel_size // 2)
+    with torch.autocast(x.device.type, enabled=False):
+        return blurred(x, send(sigma, x.device)) if _all_at_once(x) else _replace(x, sigma > 0, blurred, sigma)
 
 
 def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, inplace=False):
@@ -530,16 +532,21 @@ def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, 
         raise ValueError(f"sigma must be (low, high) with 0 < low <= high, got {sigma}")
     if kernel_size is None:
         kernel_size = 2 * min(math.ceil(3 * sigma[1]), min(x.shape[2:]) - 1) + 1
-    heads, sigmas = _heads(len(x), p, generator), _uniform(len(x), *sigma, generator)
-    return _blur(x, heads, sigmas[heads], kernel_size)
+    u, sigmas = uniforms(generator, len(x), 2).float(), torch.zeros(len(x))
+    if p > 0:
+        sigmas = torch.where(u[:, 0] < p, u[:, 1] * (sigma[1] - sigma[0]) + sigma[0], sigmas)
+    return blur(x, sigmas, kernel_size, inplace=True)
 
 
 def normalize(x, mean, std):
     """(x - mean) / std for each channel; mean and std (3,), for x in [0, 1]. Returns channels_last."""
     _check(x)
-    mean, std = (_host(v, (3,), "mean and std", torch.float32).view(1, 3, 1, 1) for v in (mean, std))
-    mean, std = send(mean, x.device), send(std, x.device)
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"mean and std must be 3 numbers each, got {mean} and {std}")
+    mean, std = (_constant(tuple(map(float, v)), x.device, 3) for v in (mean, std))
     out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)
     for s in _chunks(len(x), x):
         out[s] = (_float(x[s]) - mean).div_(std)
     return out
+
+
