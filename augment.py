@@ -38,31 +38,35 @@ RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            
 
 
 # ---------------------------------------------------------------------------------------------- draws
+host = torch.compiler.disable  # what is drawn on the host gains nothing by torch.compile; the operations do
+
+
 class Draws:
     """Uniform random numbers for the images of a batch, a function of these alone:
 
     numbers  whole numbers, for example seed and step.
-    first    the row, in the batch of all processes, where the images at hand begin.
-    and the row of an image and what was drawn before. So one process draws what many would, each for its own images.
+    rank     of the process, which has part `rank` of a batch.
+    and the row of an image in the whole batch, and how often was drawn before. So one process draws what many would.
     Source   Philox, a generator that computes its n-th number directly (Salmon et al. 2011), as numpy has it.
     """
 
-    def __init__(self, *numbers, first=0):
+    def __init__(self, *numbers, rank=0):
         digest = hashlib.blake2b(repr(numbers).encode(), digest_size=16).digest()
-        self.key, self.first, self.calls = int.from_bytes(digest, "little"), first, 0
+        self.key, self.rank, self.calls = int.from_bytes(digest, "little"), rank, 0
 
-    def uniforms(self, n, k, first=None):
-        """The next k numbers in [0, 1) of each of n rows, from `first` on: (n, k) float64."""
+    def uniforms(self, n, k, rank=None):
+        """The next k numbers in [0, 1) for each of the n images that a process has: (n, k) float64."""
         blocks, self.calls = math.ceil(k / 4), self.calls + 1          # Philox computes four numbers at a time
-        counter = [blocks * (self.first if first is None else first), self.calls, 0, 0]
+        counter = [blocks * n * (self.rank if rank is None else rank), self.calls, 0, 0]
         generator = np.random.Generator(np.random.Philox(key=self.key, counter=counter))
         return torch.from_numpy(generator.random((n, 4 * blocks))[:, :k])
 
     def permutation(self, n):
         """A random order of n rows, the same in every process: (n,) int64."""
-        return self.uniforms(n, 1, first=0)[:, 0].argsort()
+        return self.uniforms(n, 1, rank=0)[:, 0].argsort()
 
 
+@host
 def uniforms(generator, n, k=1):
     """k random numbers for each of n images: (n, k) float64 on the host, uniform in [0, 1).
 
@@ -73,6 +77,7 @@ def uniforms(generator, n, k=1):
     return torch.rand(n, k, generator=generator, dtype=torch.float64)
 
 
+@host
 def coins(generator, n, p):
     """(n,) bool on the host: for each of n images whether a coin of probability p said yes."""
     return (uniforms(generator, n) < p).view(n)
@@ -103,11 +108,12 @@ def _float(images, copy=False):
     return x.div_(255) if images.dtype == torch.uint8 else x
 
 
-def send(host, device):
+@host
+def send(values, device):
     """Move a small host tensor. From pinned memory the copy is asynchronous: the host does not wait."""
-    if device.type == "cuda" and host.device.type == "cpu":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,6 +154,7 @@ def _where(x, which, function):
 
 
 # ------------------------------------------------------------------------------- crop, resize, flip
+@host
 def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, generator=None):
     """Draw n crops by the law of torchvision's RandomResizedCrop.
 
@@ -273,6 +280,7 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
 MIRROR = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, -1]])       # left + width, -width
 
 
+@host
 def _mirrored(boxes, which):
     """Boxes (n, 4); those that `which` (n,) says begin at their right edge and have a negative width."""
     return torch.where(_host(which, (len(boxes),), "flip")[:, None], boxes.mm(MIRROR), boxes)
@@ -440,22 +448,27 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
         raise ValueError("brightness, contrast and saturation must be >= 0, and hue within [0, 0.5], got "
                          f"{brightness}, {contrast}, {saturation}, {hue}")
-    u, coin = uniforms(generator, len(x), 7).float().split([6, 1], dim=1)
+    order, *values = _jitter_draws(len(x), (brightness, contrast, saturation), hue, p, generator)
     if p == 0:
         return x
-    # A number below p is uniform in [0, p): it is the coin and chooses one of the 24 orders. The coin says no: 24.
-    order = (coin * (24 / p)).long().clamp_(max=24)[:, 0]                                   # (N,)
-    strengths = brightness, contrast, saturation, 0, 6 * hue, 0                             # of BRIGHTNESS ... STILL
-    low = torch.tensor([*(max(0.0, 1 - s) for s in strengths[:3]), 1, -6 * hue, 0], dtype=torch.float32)
-    high = torch.tensor([*(1 + s for s in strengths[:3]), 1, 6 * hue, 0], dtype=torch.float32)
-    factors, shift = torch.lerp(low, high, u).gather(1, SLOTS[order]).view(-1, 7, 1, 1).split([6, 1], dim=1)
-    values = torch.lerp(SLOT_BASES[order], EYE, factors), shift[:, 0]                       # (N, 6, 3, 6), (N, 1, 1)
     with torch.autocast(x.device.type, enabled=False):
         if _all_at_once(x):
             return _jitter(3, 3, hue > 0, x, *(send(v, x.device) for v in values))
         for place in range(4):              # images whose hue comes at the same place go together, without empty slots
             _replace(x, HUE_PLACE[order] == place, functools.partial(_jitter, place, 3 - place, hue > 0), *values)
     return x
+
+
+@host
+def _jitter_draws(n, strengths, hue, p, generator):
+    """Of each image its order (n,), a row of SLOTS, and what _jitter wants: matrices (n, 6, 3, 6), shift (n, 1, 1)."""
+    u, coin = uniforms(generator, n, 7).float().split([6, 1], dim=1)
+    # A number below p is uniform in [0, p): it is the coin and chooses one of the 24 orders. The coin says no: 24.
+    order = (coin * (24 / max(p, 1e-9))).long().clamp_(max=24)[:, 0]
+    low = torch.tensor([*(max(0.0, 1 - s) for s in strengths), 1.0, -6 * hue, 0.0])         # of BRIGHTNESS ... STILL
+    high = torch.tensor([*(1.0 + s for s in strengths), 1.0, 6 * hue, 0.0])
+    factors, shift = torch.lerp(low, high, u).gather(1, SLOTS[order]).view(-1, 7, 1, 1).split([6, 1], dim=1)
+    return order, torch.lerp(SLOT_BASES[order], EYE, factors), shift[:, 0]
 
 
 def random_grayscale(x, p=0.2, generator=None, inplace=False):
@@ -510,16 +523,21 @@ def blur(x, sigma, kernel_size, inplace=False):
     returns      (N, 3, H, W) float32.
     """
     x, sigma = _float(x, copy=not inplace), _host(sigma, (len(x),), "sigma", torch.float32)
-    if min(sigma.tolist(), default=0) < 0:
-        raise ValueError("sigma must not be negative")
     most = 2 * min(x.shape[2:])
     if kernel_size % 2 != 1 or not 0 < kernel_size < most:
         raise ValueError(f"kernel_size must be odd and less than {most}, got {kernel_size}")
-    if not any(sigma.tolist()):
+    if not _any_sigma(sigma):
         return x
     blurred = functools.partial(_blur, kernel_size // 2)
     with torch.autocast(x.device.type, enabled=False):
         return blurred(x, send(sigma, x.device)) if _all_at_once(x) else _replace(x, sigma > 0, blurred, sigma)
+
+
+@host
+def _any_sigma(sigma):
+    if min(sigma.tolist(), default=0) < 0:
+        raise ValueError("sigma must not be negative")
+    return any(sigma.tolist())
 
 
 def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, inplace=False):

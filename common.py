@@ -10,13 +10,13 @@ Importing this file does nothing.
 """
 
 import functools
-import hashlib
 import math
 import random
 import re
 import shutil
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -134,6 +134,11 @@ class TwoCrops:
 
     def __init__(self, transform, transform2=None):
         self.transforms = transform, transform if transform2 is None else transform2
+
+    def compile(self):
+        """As nn.Module.compile: in place, when first called. Not for a CPU, where augment.py decides picture by picture."""
+        warnings.filterwarnings("ignore", "Dynamo detected a call")  # it makes augment's cached constants anew
+        self.transforms = [torch.compile(transform, dynamic=False) for transform in self.transforms]
 
     def __call__(self, *batch):
         return tuple(transform(*batch) for transform in self.transforms)
@@ -261,16 +266,6 @@ def seed_everything(seed):
     """Seed Python's and torch's global generators: they draw the initial weights."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def reseed(generator, *numbers):
-    """Seed a generator from whole numbers, for example (seed, step), mixed so that neighbours differ.
-
-    The draws of a step then depend on these numbers alone: a resumed run repeats what the
-    uninterrupted one would have drawn, and no two steps (or ranks) share a draw.
-    """
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return generator.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def pick_device(name="auto"):

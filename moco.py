@@ -139,7 +139,7 @@ def bn_groups(splits, batch_size):
 def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: a CPU torch.Generator.
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: augment.Draws.
     returns  (N, 3, size, size) float32, normalised, channels_last.
     """
     x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
@@ -335,7 +335,7 @@ def main(argv=None):
             schedule.step(run.step)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)             [A1]
             # How the keys are shuffled into BatchNorm groups: drawn for this step, like its views.   [S3.3]
-            order1, order2 = (None if args.no_shuffle_bn else torch.randperm(args.batch_size, generator=run.random)
+            order1, order2 = (None if args.no_shuffle_bn else run.random.permutation(args.batch_size)
                               for _ in range(2))
             # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder. [E2] [A1]
             ema_update(model.key_encoder.parameters(), model.query_parameters(), args.momentum_encoder)

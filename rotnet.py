@@ -110,7 +110,7 @@ def parse_args(argv=None):
 def view(images, aspect, generator, args, mean, std):
     """One random upright view of every image, each with its own draw.
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: a CPU torch.Generator.
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: augment.Draws.
     returns  (N, 3, size, size) float32, normalised, channels_last.
     """
     flip = 0.0 if args.flip_after_rotation else 0.5
@@ -147,7 +147,7 @@ def turn(x, generator, args):
     returns  inputs (4N, 3, S, S) and classes (4N,); N of both with --one-rotation.
     """
     if args.one_rotation:
-        y = augment.draw(functools.partial(torch.randint, 0, 4), (len(x),), generator)         # (N,)
+        y = (4 * augment.uniforms(generator, len(x))[:, 0]).long()                              # (N,)
         x4, y4 = augment.rotate(x, y), augment.send(y, x.device)
     else:
         x4, y4 = rotation_batch(x)                                             # (4N, 3, S, S), (4N,)
@@ -273,7 +273,7 @@ def main(argv=None):
                                       kind=args.schedule, milestones=milestones, factor=0.2)
         chance = args.focal_alpha * 0.75**args.focal_gamma * math.log(4)
         formula = "log(4)" if (args.focal_gamma, args.focal_alpha) == (0, 1) else "alpha (3/4)^gamma log(4)"
-        network = run.begin(model, optimizer, views=lambda *batch: turn(one_crop(*batch), run.random, args)[0],
+        network = run.begin(model, optimizer, views=lambda *batch: turn(one_crop(*batch), batch[-1], args)[0],
                             chance=f"{formula} = {chance:.4g} (25 % of rotations right)")
         if run.step == 0 and monitor.due:
             run.report(**held_out_scores(run, model), **monitor(model.backbone))  # the untrained network

@@ -85,8 +85,6 @@ class Run:
         self.total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
         self.warmup_steps = round(args.warmup_epochs / args.epochs * self.total_steps)  # --max-steps shortens it too
         self.epochs = math.ceil(self.total_steps / self.epoch_steps)
-        # It draws on the host, so a seed gives the same views on every device and number of processes.
-        self.random = augment.Share().of(distributed.rank(), distributed.size())
 
     def place(self, model):
         return model.to(self.device, memory_format=torch.channels_last)
@@ -120,7 +118,7 @@ class Run:
         self.log.begin(self.args.tensorboard)
         self.stop.listen()
         say_recipe(self, chance, lr)
-        return distributed.parallel(compiled(model, self), self.device, sync_bn)
+        return distributed.parallel(compiled(model, views, self), self.device, sync_bn)
 
     @property
     def epoch(self):
@@ -145,7 +143,7 @@ class Run:
             self.model.train()
             begin_epoch(self)
             for images, aspect, labels, _ in self.batches.batches(self.epoch, start=self.step % self.epoch_steps):
-                common.reseed(self.random, self.args.seed, self.step)
+                self.random = augment.Draws(self.args.seed, self.step, rank=distributed.rank())
                 self.inside, self.figures.count, ends = True, len(labels), self.epoch_ends
                 yield images, aspect, labels
                 self.step, self.inside = self.step + 1, False
@@ -204,12 +202,14 @@ def restore(run):
     return max(scores.values(), default=None)
 
 
-def compiled(model, run):
-    """The model; with --compile compiled, where torch.compile can work on this machine."""
+def compiled(model, views, run):
+    """The model; with --compile compiled, it and the TwoCrops `views`, where torch.compile can work on this machine."""
     if run.args.compile:
         try:
             torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=run.device))
             model.compile()
+            if isinstance(views, common.TwoCrops) and run.device.type != "cpu":
+                views.compile()
         except Exception as error:  # no C++ compiler, no Triton, a GPU too old: many kinds of errors
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
             run.say(f"note    --compile does not work here, going on without: {reason}")

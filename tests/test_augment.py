@@ -1,11 +1,13 @@
 """augment.py against torchvision: each operation given the same parameters, and each law of the draws."""
 
 import contextlib
+import functools
 import itertools
 import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torchvision import tv_tensors
@@ -14,6 +16,7 @@ from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
 import augment
+import common
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -61,7 +64,7 @@ def philox(counter, key):
 def test_draws_are_philox_of_the_row_and_of_what_was_drawn_before():
     # The first of the known answers that the authors publish with their code, Random123.
     assert philox([0] * 4, [0] * 2) == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
-    draws = augment.Draws(3, 17, first=5)
+    draws = augment.Draws(3, 17, rank=2)
     key = [draws.key & (1 << 64) - 1, draws.key >> 64]
     for call, k in ((1, 6), (2, 1)):
         table = draws.uniforms(4, k)
@@ -69,13 +72,13 @@ def test_draws_are_philox_of_the_row_and_of_what_was_drawn_before():
         blocks = -(-k // 4)
         for row in range(4):                                      # numpy counts on before it computes: hence the + 1
             numbers = [number for block in range(blocks)
-                       for number in philox([blocks * (5 + row) + block + 1, call, 0, 0], key)][:k]
+                       for number in philox([blocks * (2 * 4 + row) + block + 1, call, 0, 0], key)][:k]
             assert table[row].tolist() == [(number >> 11) / (1 << 53) for number in numbers]
 
 
 def test_draws_are_uniform_and_independent_of_their_neighbours():
-    def table(seed=0, step=0, calls=0, first=0):
-        draws = augment.Draws(seed, step, first=first)
+    def table(seed=0, step=0, calls=0, rank=0):
+        draws = augment.Draws(seed, step, rank=rank)
         for _ in range(calls):
             draws.uniforms(1, 4)
         return draws.uniforms(4000, 8)
@@ -84,17 +87,16 @@ def test_draws_are_uniform_and_independent_of_their_neighbours():
     assert u.min() >= 0 and u.max() < 1
     even = torch.arange(len(u)).add(0.5).div(len(u))
     assert all(ks(column, even) < 1 for column in u.unbind(1))                              # each at 1 in 10,000
-    others = {"seed": table(seed=1), "step": table(step=1), "view": table(calls=1), "row": table(first=1)}
-    others |= {f"column {shift}": u.roll(shift, 1) for shift in range(1, 5)}
+    others = {"seed": table(seed=1), "step": table(step=1), "view": table(calls=1), "process": table(rank=1)}
+    others |= {"row": u.roll(1, 0)} | {f"column {shift}": u.roll(shift, 1) for shift in range(1, 5)}
     for name, v in others.items():                                       # correlation 0, within 4 standard deviations
         assert abs(torch.corrcoef(torch.stack([u.flatten(), v.flatten()]))[0, 1]) < 4 / math.sqrt(u.numel()), name
         wrapped = (u + v).flatten() % 1                                  # uniform too, if they are independent
         assert ks(wrapped, torch.arange(u.numel()).add(0.5).div(u.numel())) < 1, name
-    assert torch.equal(table(first=1)[:-1], u[1:])
 
 
 def test_a_permutation_is_the_same_in_every_process_and_a_new_one_each_time():
-    one, other = augment.Draws(1, 2), augment.Draws(1, 2, first=64)
+    one, other = augment.Draws(1, 2), augment.Draws(1, 2, rank=3)
     first = one.permutation(50)
     assert torch.equal(first, other.permutation(50)) and torch.equal(first.sort().values, torch.arange(50))
     assert not torch.equal(first, one.permutation(50))
@@ -385,7 +387,7 @@ RANDOM = {
 def test_processes_draw_their_parts_of_what_one_would_draw(name):
     x = images(24, 12)
     whole = RANDOM[name](x, augment.Draws(5, 1))
-    parts = [RANDOM[name](part, augment.Draws(5, 1, first=8 * rank)) for rank, part in enumerate(x.chunk(3))]
+    parts = [RANDOM[name](part, augment.Draws(5, 1, rank=rank)) for rank, part in enumerate(x.chunk(3))]
     assert_close(torch.cat(parts), whole, atol=1e-6)
     assert not torch.equal(whole, RANDOM[name](x, augment.Draws(5, 2)))
 
@@ -585,3 +587,24 @@ def test_results_are_float32_under_autocast_too():
 def test_wrong_arguments_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call(images(4, 8))
+
+
+def test_a_compiled_view_is_the_same_and_is_not_compiled_again(monkeypatch):
+    def view(x, aspect, generator):
+        x = augment.random_resized_crop(x, 12, flip=0.5, aspect=aspect, generator=generator)
+        x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, generator=generator, inplace=True)
+        x = augment.random_grayscale(x, generator=generator, inplace=True)
+        return augment.normalize(augment.gaussian_blur(x, generator=generator, inplace=True), MEAN, STD)
+
+    monkeypatch.setattr(augment, "_all_at_once", lambda x: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    x, aspect = (images(8) * 255).byte(), torch.tensor([1.0, 1.5] * 4)
+    two_crops = common.TwoCrops(view)
+    two_crops.compile()
+    for step in range(4):
+        compiled = two_crops(x, aspect, augment.Draws(0, step))
+        if step == 1:
+            graphs = counters["stats"]["unique_graphs"]
+        assert_close(torch.stack(compiled), torch.stack(common.TwoCrops(view)(x, aspect, augment.Draws(0, step))))
+    assert counters["stats"]["unique_graphs"] == graphs > 0

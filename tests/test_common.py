@@ -129,13 +129,6 @@ def test_schedule_in_steps_and_constant():
         common.LRScheduler(make_optimizer(), 1.0, 1, kind="linear")
 
 
-def test_reseed_depends_on_every_number():
-    draw = lambda *numbers: torch.rand(4, generator=common.reseed(torch.Generator(), *numbers)).tolist()  # noqa: E731
-    assert draw(0, 7) == draw(0, 7)
-    draws = [draw(0, 7), draw(0, 8), draw(1, 7), draw(7, 0), draw(0, 7, 0)]
-    assert len({tuple(d) for d in draws}) == 5
-
-
 def test_precision_and_device_errors():
     with pytest.raises(common.UsageError, match="--device cuda:77"):
         common.pick_device("cuda:77")

@@ -21,6 +21,7 @@ import torchvision
 from PIL import Image
 from test_resume import state
 
+import augment
 import harness
 import knn
 import pictures
@@ -203,7 +204,7 @@ class Wide(torch.nn.Module):
 
 def loss_of(network, images, run):
     """A loss that depends on the images, on the draws of the step and on torch's global generator."""
-    x = images.float() / 255 * torch.rand(len(images), 1, 1, 1, generator=run.random)
+    x = images.float() / 255 * augment.uniforms(run.random, len(images)).float()[..., None, None]
     return (network(x) - torch.rand(())).square().mean()
 
 
@@ -719,7 +720,7 @@ def test_more_than_two_views(start):
     def main(*flags):
         with start(*flags) as run:
             def view(images, aspect, generator):
-                return images.float() / 255 * torch.rand(len(images), 1, 1, 1, generator=generator)
+                return images.float() / 255 * augment.uniforms(generator, len(images)).float()[..., None, None]
 
             large, small = TwoCrops(view), TwoCrops(lambda *batch: view(*batch)[..., ::2, ::2])
             model = run.place(Tiny())

@@ -21,7 +21,7 @@ PACKAGES = ["harness", "pictures"]
 # Every file of the house by the name it is imported by: simsiam, harness, harness.run, forks.byol.
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for folder in (".", *PACKAGES, "forks") for path in sorted((ROOT / folder).glob("*.py"))}
-REQUIRED = {"torch", "torchvision", "PIL"}  # Pillow comes with torchvision
+REQUIRED = {"torch", "torchvision", "PIL", "numpy"}  # Pillow and numpy come with torchvision
 OPTIONAL = {"matplotlib", "tensorboard"}
 
 

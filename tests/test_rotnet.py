@@ -82,7 +82,7 @@ def test_one_rotation_draws_for_each_image():
 
 def test_flip_before_keeps_the_classes_apart_and_flip_after_merges_two():
     picture = asymmetric(n=1)
-    x = torch.cat([picture, picture.flip(3)] * 32)  # what a flip before the rotation makes of one picture
+    x = torch.cat([picture, picture.flip(3)] * 64)  # what a flip before the rotation makes of one picture
 
     def inputs_of_classes(**changes):
         x4, y4 = rotnet.turn(x, torch.Generator().manual_seed(0), make_args(**changes))
