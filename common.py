@@ -136,7 +136,7 @@ class TwoCrops:
         self.transforms = transform, transform if transform2 is None else transform2
 
     def compile(self):
-        """As nn.Module.compile: in place, when first called. Not for a CPU, where augment.py decides picture by picture."""
+        """As nn.Module.compile: in place, when first called. Not for a CPU, where augment.py decides image by image."""
         warnings.filterwarnings("ignore", "Dynamo detected a call")  # it makes augment's cached constants anew
         self.transforms = [torch.compile(transform, dynamic=False) for transform in self.transforms]
 
