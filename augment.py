@@ -5,8 +5,8 @@ Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are new float32 tens
         Given the same parameters, each operation equals torchvision's operation on one float tensor to 1e-5; but
         for crops of uint8 pictures of more than SMALL pixels a side on a CPU, which equal torchvision's on uint8
         tensors: to one level, 1/255, which is what two devices may differ by.
-Draws   Made on the host, from an optional generator: Draws, or a CPU torch.Generator. So a seed gives the same views
-        on every device, and nothing here waits for a GPU. A new operation gets its numbers in one line, uniforms().
+Draws   Made on the host, from an optional generator: common.Draws, or a CPU torch.Generator. So a seed gives the same
+        views on every device, and nothing here waits for a GPU. An operation gets its numbers in one line, uniforms().
 Speed   A CPU works on images whose coin said yes, a few at a time, while they are in its cache. Elsewhere each
         operation is asked for once for all images, for there the asking takes the time: a coin that said no picks
         parameters that change nothing.
@@ -23,11 +23,9 @@ A recipe is a function of a batch and reads like the sentence in the paper:
 """
 
 import functools
-import hashlib
 import itertools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -41,38 +39,13 @@ RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            
 host = torch.compiler.disable  # what is drawn on the host gains nothing by torch.compile; the operations do
 
 
-class Draws:
-    """Uniform random numbers for the images of a batch, a function of these alone:
-
-    numbers  whole numbers, for example seed and step.
-    rank     of the process, which has part `rank` of a batch.
-    and the row of an image in the whole batch, and how often was drawn before. So one process draws what many would.
-    Source   Philox, a generator that computes its n-th number directly (Salmon et al. 2011), as numpy has it.
-    """
-
-    def __init__(self, *numbers, rank=0):
-        digest = hashlib.blake2b(repr(numbers).encode(), digest_size=16).digest()
-        self.key, self.rank, self.calls = int.from_bytes(digest, "little"), rank, 0
-
-    def uniforms(self, n, k, rank=None):
-        """The next k numbers in [0, 1) for each of the n images that a process has: (n, k) float64."""
-        blocks, self.calls = math.ceil(k / 4), self.calls + 1          # Philox computes four numbers at a time
-        counter = [blocks * n * (self.rank if rank is None else rank), self.calls, 0, 0]
-        generator = np.random.Generator(np.random.Philox(key=self.key, counter=counter))
-        return torch.from_numpy(generator.random((n, 4 * blocks))[:, :k])
-
-    def permutation(self, n):
-        """A random order of n rows, the same in every process: (n,) int64."""
-        return self.uniforms(n, 1, rank=0)[:, 0].argsort()
-
-
 @host
 def uniforms(generator, n, k=1):
     """k random numbers for each of n images: (n, k) float64 on the host, uniform in [0, 1).
 
-    generator  Draws, a torch.Generator, or None: torch's global one.
+    generator  common.Draws, a CPU torch.Generator, or None: torch's global one.
     """
-    if isinstance(generator, Draws):
+    if hasattr(generator, "uniforms"):
         return generator.uniforms(n, k)
     return torch.rand(n, k, generator=generator, dtype=torch.float64)
 
@@ -393,34 +366,18 @@ def _hue_(x, shift):
     return torch.addcmul(low, u, chroma, out=x)
 
 
-def _adjust(x, factor, kind):
-    x = _float(x)
-    factor = _host(factor, (len(x),), "factor", torch.float32).view(-1, 1, 1)
-    matrices = send(torch.lerp(BASES[kind], EYE, factor), x.device)                         # (N, 3, 6)
+def adjust(x, what, factor):
+    """torchvision's adjust_brightness, _contrast, _saturation or _hue, each image by a factor of its own.
+
+    what    BRIGHTNESS, CONTRAST or SATURATION: clamp(factor * x + (1 - factor) * base), 1 changes nothing; or HUE.
+    factor  (N,) host tensor, >= 0; of HUE in [-0.5, 0.5] of a full circle.
+    """
+    x, factor = _float(x, copy=True), _host(factor, (len(x),), "factor", torch.float32).view(-1, 1, 1)
+    if what == HUE:
+        return _hue_(x.flatten(2), send(6 * factor, x.device)).view_as(x)
+    matrices = send(torch.lerp(BASES[what], EYE, factor), x.device)                         # (N, 3, 6)
     with torch.autocast(x.device.type, enabled=False):
         return _blend(x.flatten(2), *matrices.split(3, dim=2), torch.empty_like(x).flatten(2)).view_as(x)
-
-
-def adjust_brightness(x, factor):
-    """factor * x, clamped; factor (N,) host tensor >= 0, where 1 changes nothing."""
-    return _adjust(x, factor, BRIGHTNESS)
-
-
-def adjust_contrast(x, factor):
-    """factor * x + (1 - factor) * the mean of the grey image, clamped; factor (N,) host tensor >= 0."""
-    return _adjust(x, factor, CONTRAST)
-
-
-def adjust_saturation(x, factor):
-    """factor * x + (1 - factor) * the grey image, clamped; factor (N,) host tensor >= 0."""
-    return _adjust(x, factor, SATURATION)
-
-
-def adjust_hue(x, factor):
-    """Turn the hue by factor, (N,) host tensor in [-0.5, 0.5] of a full circle."""
-    x = _float(x, copy=True)
-    shift = 6 * _host(factor, (len(x),), "factor", torch.float32)[:, None, None]
-    return _hue_(x.flatten(2), send(shift, x.device)).view_as(x)
 
 
 def _jitter(before, after, turns, x, matrices, shift):
@@ -491,14 +448,19 @@ def solarize(x, threshold=0.5, p=0.2, generator=None, inplace=False):
 
 
 # --------------------------------------------------------------------------------- blur, normalise
-def _blur(radius, x, sigma):
-    """x (n, 3, H, W) blurred with reflected edges by 2 * radius + 1 taps of a Gaussian of sigma (n,); 0: not at all.
+def blur(x, sigma, kernel_size):
+    """Gaussian blur with reflected edges, each image its own width.
+
+    x            (N, 3, H, W).  sigma: (N,) on x's device, in pixels; 0: not at all.
+    kernel_size  odd number of taps; at most 2 * side - 1, for a reflection reaches no further than the image.
+    returns      (N, 3, H, W) float32.
 
     A blur is linear on each axis, and moved by a pixel it is the same: a matrix of `block` rows, row i with its taps at
     columns i to i + 2 * radius, does for one block of output pixels after the other.
     """
-    n, _, height, width = x.shape
-    t = _centres(2 * radius + 1, x.device, 1) - (radius + 0.5)                              # -radius ... radius
+    x = _float(x)
+    (n, _, height, width), radius = x.shape, kernel_size // 2
+    t = _centres(kernel_size, x.device, 1) - kernel_size / 2                                # -radius ... radius
     taps = (-0.5 * (t / sigma.clamp(min=1e-6)[:, None]) ** 2).softmax(dim=1)                # (n, taps)
     taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
     block = min(height, width) if _all_at_once(x) else min(height, width, BLOCK)
@@ -515,45 +477,25 @@ def _blur(radius, x, sigma):
     return out.view(n, 3, height, width)
 
 
-def blur(x, sigma, kernel_size, inplace=False):
-    """Gaussian blur with reflected edges, each image its own width.
-
-    sigma        (N,) host tensor, in pixels; 0: not at all.
-    kernel_size  odd number of taps; at most 2 * side - 1, for a reflection reaches no further than the image.
-    returns      (N, 3, H, W) float32.
-    """
-    x, sigma = _float(x, copy=not inplace), _host(sigma, (len(x),), "sigma", torch.float32)
-    most = 2 * min(x.shape[2:])
-    if kernel_size % 2 != 1 or not 0 < kernel_size < most:
-        raise ValueError(f"kernel_size must be odd and less than {most}, got {kernel_size}")
-    if not _any_sigma(sigma):
-        return x
-    blurred = functools.partial(_blur, kernel_size // 2)
-    with torch.autocast(x.device.type, enabled=False):
-        return blurred(x, send(sigma, x.device)) if _all_at_once(x) else _replace(x, sigma > 0, blurred, sigma)
-
-
-@host
-def _any_sigma(sigma):
-    if min(sigma.tolist(), default=0) < 0:
-        raise ValueError("sigma must not be negative")
-    return any(sigma.tolist())
-
-
 def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, inplace=False):
     """Blur each image with probability p, by a sigma of its own, uniform in the range, in pixels.
 
     kernel_size  None: out to three of the largest sigma on either side, or to the edge of the image.
     """
-    x = _float(x, copy=not inplace)
+    x, most = _float(x, copy=not inplace), 2 * min(x.shape[2:])
     if not 0 < sigma[0] <= sigma[1]:
         raise ValueError(f"sigma must be (low, high) with 0 < low <= high, got {sigma}")
     if kernel_size is None:
-        kernel_size = 2 * min(math.ceil(3 * sigma[1]), min(x.shape[2:]) - 1) + 1
-    u, sigmas = uniforms(generator, len(x), 2).float(), torch.zeros(len(x))
-    if p > 0:
-        sigmas = torch.where(u[:, 0] < p, u[:, 1] * (sigma[1] - sigma[0]) + sigma[0], sigmas)
-    return blur(x, sigmas, kernel_size, inplace=True)
+        kernel_size = 2 * min(math.ceil(3 * sigma[1]), most // 2 - 1) + 1
+    if kernel_size % 2 != 1 or not 0 < kernel_size < most:
+        raise ValueError(f"kernel_size must be odd and less than {most}, got {kernel_size}")
+    u, blurred = uniforms(generator, len(x), 2), functools.partial(blur, kernel_size=kernel_size)
+    if p == 0:
+        return x
+    coin, u = u.float().unbind(1)
+    sigmas = torch.where(coin < p, sigma[0] + (sigma[1] - sigma[0]) * u, 0.0)
+    with torch.autocast(x.device.type, enabled=False):
+        return blurred(x, send(sigmas, x.device)) if _all_at_once(x) else _replace(x, sigmas > 0, blurred, sigmas)
 
 
 def normalize(x, mean, std):

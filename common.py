@@ -10,6 +10,7 @@ Importing this file does nothing.
 """
 
 import functools
+import hashlib
 import math
 import random
 import re
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -266,6 +268,31 @@ def seed_everything(seed):
     """Seed Python's and torch's global generators: they draw the initial weights."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+class Draws:
+    """Uniform random numbers for the images of a batch, a function of these alone:
+
+    numbers  whole numbers, for example seed and step.
+    rank     of the process, which has part `rank` of a batch.
+    and the row of an image in the whole batch, and how often was drawn before. So one process draws what many would.
+    Source   Philox, a generator that computes its n-th number directly (Salmon et al. 2011), as numpy has it.
+    """
+
+    def __init__(self, *numbers, rank=0):
+        digest = hashlib.blake2b(repr(numbers).encode(), digest_size=16).digest()
+        self.key, self.rank, self.calls = int.from_bytes(digest, "little"), rank, 0
+
+    def uniforms(self, n, k, rank=None):
+        """The next k numbers in [0, 1) for each of the n images that a process has: (n, k) float64."""
+        blocks, self.calls = math.ceil(k / 4), self.calls + 1          # Philox computes four numbers at a time
+        counter = [blocks * n * (self.rank if rank is None else rank), self.calls, 0, 0]
+        generator = np.random.Generator(np.random.Philox(key=self.key, counter=counter))
+        return torch.from_numpy(generator.random((n, 4 * blocks))[:, :k])
+
+    def permutation(self, n):
+        """A random order of n rows, the same in every process: (n,) int64."""
+        return self.uniforms(n, 1, rank=0)[:, 0].argsort()
 
 
 def pick_device(name="auto"):

@@ -262,7 +262,7 @@ def label_subset(labels, fraction, seed):
     rows = []
     for c in labels.unique().tolist():
         mine = (labels == c).nonzero().flatten()
-        order = augment.Draws(seed, c).permutation(len(mine))
+        order = common.Draws(seed, c).permutation(len(mine))
         rows.append(mine[order[: max(1, round(fraction * len(mine)))]])
     return torch.cat(rows).sort().values
 
@@ -311,7 +311,7 @@ class CachedPasses(Passes):
 def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: augment.Draws.
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
     returns  (N, 3, size, size) float32, normalised, channels_last.
     """
     if args.crop == "resized":

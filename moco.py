@@ -139,7 +139,7 @@ def bn_groups(splits, batch_size):
 def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: augment.Draws.
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
     returns  (N, 3, size, size) float32, normalised, channels_last.
     """
     x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,

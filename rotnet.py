@@ -110,7 +110,7 @@ def parse_args(argv=None):
 def view(images, aspect, generator, args, mean, std):
     """One random upright view of every image, each with its own draw.
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: augment.Draws.
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
     returns  (N, 3, size, size) float32, normalised, channels_last.
     """
     flip = 0.0 if args.flip_after_rotation else 0.5

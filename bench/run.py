@@ -316,7 +316,7 @@ def parts_of_a_step(method, module, args, device, autocast):
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
     n, size = args.batch_size, args.image_size
     images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
-    generator = augment.Draws(0)
+    generator = common.Draws(0)
 
     def view():
         return module.view(images, torch.ones(n), generator, args, MEAN, STD)

@@ -110,7 +110,7 @@ def parse_args(argv=None):
 def view(images, aspect, generator, args, mean, std, blur, solarize):
     """One random view of every image, each with its own draw.                                      [B]
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: augment.Draws.
+    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
     blur, solarize   their chances: in these alone the two views differ.
     returns  (N, 3, size, size) float32, normalised, channels_last.
     """

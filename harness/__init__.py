@@ -10,7 +10,7 @@
     open_run(args, recipes)     a run, for a `with` statement. Its names, all that a method may use:
 
         args          the flags, complete                         dataset       pictures: classes, mean, std, splits
-        place(model)  on the device                               random        this step's augment.Draws
+        place(model)  on the device                               random        this step's common.Draws
         begin(...)    folder, --resume, --views-png, processes    scaler        torch's GradScaler
         total_steps   of the whole run                            autocast()    context of the forward pass
         warmup_steps  of them                                     record(...)   figures of this step, loss among them

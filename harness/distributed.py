@@ -4,7 +4,7 @@
 
 PyTorch's distributed engine does the work: NCCL between GPUs, Gloo between CPUs, gradients averaged by
 DistributedDataParallel. Every process draws the views of the whole batch from the same seed and keeps its own
-rows (augment.Draws), so a seed trains the same run on one process and on eight, as far as the method allows.
+rows (common.Draws), so a seed trains the same run on one process and on eight, as far as the method allows.
 Process 0 alone prints, writes and evaluates. Without torchrun functions return what they got.
 """
 

@@ -10,7 +10,6 @@ import time
 
 import torch
 
-import augment
 import common
 import pictures
 from common import UsageError
@@ -143,7 +142,7 @@ class Run:
             self.model.train()
             begin_epoch(self)
             for images, aspect, labels, _ in self.batches.batches(self.epoch, start=self.step % self.epoch_steps):
-                self.random = augment.Draws(self.args.seed, self.step, rank=distributed.rank())
+                self.random = common.Draws(self.args.seed, self.step, rank=distributed.rank())
                 self.inside, self.figures.count, ends = True, len(labels), self.epoch_ends
                 yield images, aspect, labels
                 self.step, self.inside = self.step + 1, False

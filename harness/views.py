@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
 
-import augment
-from common import UsageError
+from common import Draws, UsageError
 
 
 class ViewsWritten(Exception):
@@ -19,7 +18,7 @@ def write_views(run, views, rows=8):
     raises   ViewsWritten when it is done; UsageError where it cannot be written.
     """
     images, aspect, _, _ = next(run.batches.batches(0))
-    shown = views(images, aspect, augment.Draws(run.args.seed, 0))
+    shown = views(images, aspect, Draws(run.args.seed, 0))
     shown = shown.split(len(images)) if torch.is_tensor(shown) else shown
     mean, std = (torch.tensor(figures).view(1, 3, 1, 1) for figures in (run.dataset.mean, run.dataset.std))
     columns = [images[:rows].cpu().float() / 255] + [view[:rows].float().cpu() * std + mean for view in shown]

@@ -64,7 +64,7 @@ def philox(counter, key):
 def test_draws_are_philox_of_the_row_and_of_what_was_drawn_before():
     # The first of the known answers that the authors publish with their code, Random123.
     assert philox([0] * 4, [0] * 2) == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
-    draws = augment.Draws(3, 17, rank=2)
+    draws = common.Draws(3, 17, rank=2)
     key = [draws.key & (1 << 64) - 1, draws.key >> 64]
     for call, k in ((1, 6), (2, 1)):
         table = draws.uniforms(4, k)
@@ -78,7 +78,7 @@ def test_draws_are_philox_of_the_row_and_of_what_was_drawn_before():
 
 def test_draws_are_uniform_and_independent_of_their_neighbours():
     def table(seed=0, step=0, calls=0, rank=0):
-        draws = augment.Draws(seed, step, rank=rank)
+        draws = common.Draws(seed, step, rank=rank)
         for _ in range(calls):
             draws.uniforms(1, 4)
         return draws.uniforms(4000, 8)
@@ -96,7 +96,7 @@ def test_draws_are_uniform_and_independent_of_their_neighbours():
 
 
 def test_a_permutation_is_the_same_in_every_process_and_a_new_one_each_time():
-    one, other = augment.Draws(1, 2), augment.Draws(1, 2, rank=3)
+    one, other = common.Draws(1, 2), common.Draws(1, 2, rank=3)
     first = one.permutation(50)
     assert torch.equal(first, other.permutation(50)) and torch.equal(first.sort().values, torch.arange(50))
     assert not torch.equal(first, one.permutation(50))
@@ -140,7 +140,7 @@ def test_uint8_is_scaled_to_one_everywhere():
     boxes = augment.crop_boxes(6, 24, generator=generator())
     ones = torch.full((6,), 1.5)
     for name, args in [("resized_crop", (boxes, 16)), ("center_crop", (24,)), ("center_crop", (16,)),
-                       ("adjust_brightness", (ones,)), ("adjust_hue", (ones / 5,)), ("blur", (ones, 5)),
+                       ("adjust", (augment.BRIGHTNESS, ones)), ("adjust", (augment.HUE, ones / 5)), ("blur", (ones, 5)),
                        ("normalize", (MEAN, STD)), ("rotate", (torch.arange(6),))]:
         function = getattr(augment, name)
         assert_close(function(u, *args), function(x, *args))
@@ -256,7 +256,7 @@ def test_adjustments_are_torchvisions(name, low, high, both):
     x[2] = (x[2] > 0.5).float()                                                # pure colours, ties everywhere
     x[3] = (x[3] * 3).round() / 3
     factor = torch.linspace(low, high, 21).roll(7)
-    ours = getattr(augment, f"adjust_{name}")(x, factor)
+    ours = augment.adjust(x, getattr(augment, name.upper()), factor)
     theirs = [getattr(TF, f"adjust_{name}")(x[i], factor[i].item()) for i in range(21)]
     assert_close(ours, torch.stack(theirs))
 
@@ -299,7 +299,7 @@ def test_color_jitter_factors_are_uniform_in_torchvisions_ranges(which, name, st
     x = torch.tensor([[0.30, 0.7], [0.2, 0.1], [0.10, 0.1]]).view(1, 3, 1, 2).expand(n, 3, 1, 2)
     ours = augment.color_jitter(x, *strengths, generator=generator())
     factor = torch.empty(n).uniform_(low, high, generator=generator(1))
-    theirs = getattr(augment, f"adjust_{name}")(x, factor)                      # has a parity test of its own
+    theirs = augment.adjust(x, getattr(augment, name.upper()), factor)          # has a parity test of its own
     for channel in range(3):
         assert ks(ours[:, channel, 0, 0], theirs[:, channel, 0, 0]) < 1
 
@@ -386,16 +386,16 @@ RANDOM = {
 @pytest.mark.parametrize("name", RANDOM)
 def test_processes_draw_their_parts_of_what_one_would_draw(name):
     x = images(24, 12)
-    whole = RANDOM[name](x, augment.Draws(5, 1))
-    parts = [RANDOM[name](part, augment.Draws(5, 1, rank=rank)) for rank, part in enumerate(x.chunk(3))]
+    whole = RANDOM[name](x, common.Draws(5, 1))
+    parts = [RANDOM[name](part, common.Draws(5, 1, rank=rank)) for rank, part in enumerate(x.chunk(3))]
     assert_close(torch.cat(parts), whole, atol=1e-6)
-    assert not torch.equal(whole, RANDOM[name](x, augment.Draws(5, 2)))
+    assert not torch.equal(whole, RANDOM[name](x, common.Draws(5, 2)))
 
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_an_accelerator_gives_a_cpus_views(name, monkeypatch):
     small, large = images(30, 16), (images(5, 80) * 255).byte()
-    draw = lambda x: RANDOM[name](x, augment.Draws(5, 1))  # noqa: E731
+    draw = lambda x: RANDOM[name](x, common.Draws(5, 1))  # noqa: E731
     expected, larger = draw(small), draw(large)
     monkeypatch.setattr(augment, "_all_at_once", lambda x: True)
     assert_close(draw(small), expected)
@@ -423,7 +423,7 @@ class Counted(TorchDispatchMode):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_an_accelerator_is_asked_for_few_operations(size, blur, device, host, interpolation, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # there is none for "meta"
-    x, draws = torch.empty(512, 3, size, size, dtype=torch.uint8, device="meta"), augment.Draws(0)
+    x, draws = torch.empty(512, 3, size, size, dtype=torch.uint8, device="meta"), common.Draws(0)
 
     def view():
         y = augment.random_resized_crop(x, size, (0.2, 1.0), flip=0.5, aspect=torch.ones(512),
@@ -486,9 +486,9 @@ def test_an_image_in_a_batch_comes_out_as_it_would_alone():
     boxes = augment.crop_boxes(9, 24, generator=generator())
     flip, factor = torch.arange(9) % 2 == 0, torch.linspace(0.1, 1.9, 9)
     for f in (lambda s: augment.resized_crop(x[s], boxes[s], 20, flip[s]),
-              lambda s: augment.adjust_contrast(x[s], factor[s]),
-              lambda s: augment.adjust_saturation(x[s], factor[s]),
-              lambda s: augment.adjust_hue(x[s], factor[s] / 4), lambda s: augment.blur(x[s], factor[s], 7)):
+              lambda s: augment.adjust(x[s], augment.CONTRAST, factor[s]),
+              lambda s: augment.adjust(x[s], augment.SATURATION, factor[s]),
+              lambda s: augment.adjust(x[s], augment.HUE, factor[s] / 4), lambda s: augment.blur(x[s], factor[s], 7)):
         together = f(slice(None))
         assert_close(together, torch.cat([f(slice(i, i + 1)) for i in range(9)]), atol=1e-6)
 
@@ -555,7 +555,7 @@ def test_results_are_float32_under_autocast_too():
             inside = f(x, generator(1))
             with torch.autocast("cpu", enabled=False):
                 assert_close(inside, f(x, generator(1)), atol=1e-6)
-        assert augment.adjust_contrast(x, torch.ones(6)).dtype == torch.float32
+        assert augment.adjust(x, augment.CONTRAST, torch.ones(6)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("call, words", [
@@ -569,11 +569,8 @@ def test_results_are_float32_under_autocast_too():
     (lambda x: augment.random_resized_crop(x, 8, interpolation="nearest"), "interpolation"),
     (lambda x: augment.resized_crop(x, torch.zeros(2, 4), 8), "boxes"),
     (lambda x: augment.resized_crop(x, torch.tensor([[0, 0, 9, 5.0]]).expand(4, 4), 8), "boxes"),
-    (lambda x: augment.adjust_hue(x, torch.zeros(3)), "factor"),
+    (lambda x: augment.adjust(x, augment.HUE, torch.zeros(3)), "factor"),
     (lambda x: augment.rotate(x, torch.zeros(3)), "k must"),
-    (lambda x: augment.blur(x, torch.ones(4), 4), "kernel_size"),
-    (lambda x: augment.blur(x, torch.ones(4), 17), "kernel_size"),
-    (lambda x: augment.blur(x, torch.full((4,), -1.0), 3), "sigma"),
     (lambda x: augment.gaussian_blur(x, (2.0, 0.1)), "sigma"),
     (lambda x: augment.gaussian_blur(x, kernel_size=4), "kernel_size"),
     (lambda x: augment.gaussian_blur(x, kernel_size=17, p=0.0), "kernel_size"),
@@ -603,8 +600,8 @@ def test_a_compiled_view_is_the_same_and_is_not_compiled_again(monkeypatch):
     two_crops = common.TwoCrops(view)
     two_crops.compile()
     for step in range(4):
-        compiled = two_crops(x, aspect, augment.Draws(0, step))
+        compiled = two_crops(x, aspect, common.Draws(0, step))
         if step == 1:
             graphs = counters["stats"]["unique_graphs"]
-        assert_close(torch.stack(compiled), torch.stack(common.TwoCrops(view)(x, aspect, augment.Draws(0, step))))
+        assert_close(torch.stack(compiled), torch.stack(common.TwoCrops(view)(x, aspect, common.Draws(0, step))))
     assert counters["stats"]["unique_graphs"] == graphs > 0

@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 
-import augment
 import common
 import harness
 import moco
@@ -166,7 +165,7 @@ def check_shares():
     for view in (simsiam.view, moco.view):
         arguments = type("Args", (), args | {"v1": False})
         views = []
-        for share, part in ((augment.Draws(7, 1, rank=rank), distributed.mine(x)), (augment.Draws(7, 1), x)):
+        for share, part in ((common.Draws(7, 1, rank=rank), distributed.mine(x)), (common.Draws(7, 1), x)):
             views.append(view(part, torch.ones(len(part)), share, arguments, (0.5,) * 3, (0.25,) * 3))
         torch.testing.assert_close(distributed.gather(views[0]), views[1], rtol=1e-5, atol=1e-5)
 
