@@ -38,8 +38,7 @@ NOT_DRAWN = {"epoch", "step", "seconds", "images_per_second", "knn_20", "knn_10"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 # Flags that say where and how often, not what was trained: they never tell two runs apart.
-PLUMBING = flags.PLUMBING - {"data", "device", "amp", "compile"} | {"way", "test", "confusion", "eval_every",
-                                                                    "stop_at_accuracy"}
+PLUMBING = flags.PLUMBING - {"data", "device", "amp", "compile"} | {"way", "test", "eval_every", "stop_at_accuracy"}
 
 Run = collections.namedtuple("Run", "folder args rows")
 

@@ -27,6 +27,11 @@ def named_tensors(value, name=""):
             yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
 
 
+def shapes(state):
+    """{name: shape} of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def load_weights(path):
     """The first ResNet-18 in a file, whoever wrote it.
 

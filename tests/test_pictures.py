@@ -703,8 +703,6 @@ def test_batch_sizes_that_cannot_work():
     assert [len(b) for b in indices(pictures.Batches(split_of(50), 64, drop_last=False))] == [50]
     with pytest.raises(UsageError, match="--batch-size"):
         pictures.Batches(split_of(50), 10, world=4)
-    with pytest.raises(UsageError, match="--batch-size"):
-        pictures.Batches(split_of(50), 0)
 
 
 def test_the_prefetching_thread_ends_and_its_errors_are_raised(monkeypatch):

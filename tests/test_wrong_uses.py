@@ -223,7 +223,6 @@ CASES = [
     ("linear", "--checkpoint simsiam --stop-at-accuracy 50", "--stop-at-accuracy 50 more"),
     ("linear", "--checkpoint simsiam --focal-gamma=-1", "--focal-gamma"),
     ("linear", "--checkpoint simsiam --batch-size 7", "--batch-size 7 6"),
-    ("linear", "--checkpoint simsiam --confusion nowhere/c.png", "--confusion nowhere/c.png"),
     ("linear", "--checkpoint simsiam --data one", "one class"),
     ("linear", "--checkpoint simsiam --data loose", "loose labelled"),
     ("linear", "--checkpoint simsiam --data noval", "noval val"),
