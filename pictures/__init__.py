@@ -20,11 +20,10 @@ from pictures.batches import Batches, Split, labelled
 from pictures.decoding import decode, one_line
 from pictures.folders import Folder, foreign_pictures, no_images
 from pictures.sources import FOOD11, NAMED_DATA, STATISTICS, Items, Source, lines_of, open_source
-from pictures.store import Dataset, pack, usable_cores
+from pictures.store import Dataset, decode_all, pack
 from pictures.toy import TOY_COUNT
 
 __all__ = [
     "Batches", "Dataset", "FOOD11", "Folder", "Items", "NAMED_DATA", "STATISTICS", "Source", "Split", "TOY_COUNT",
-    "decode", "foreign_pictures", "labelled", "lines_of", "no_images", "one_line", "open_source", "pack",
-    "usable_cores",
+    "decode", "decode_all", "foreign_pictures", "labelled", "lines_of", "no_images", "one_line", "open_source", "pack",
 ]

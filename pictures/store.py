@@ -214,7 +214,7 @@ def fill(images, chunks):
         yield len(chunk)
 
 
-def decode_all(files, images, aspect, bad, workers):
+def decode_all(files, images, aspect, bad, workers=None):
     """Decodes in threads, as Pillow works without holding Python's lock; yields how many at a time.
 
     bad  row -> what Split.skipped says of it, filled in.
