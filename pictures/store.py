@@ -48,8 +48,6 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
     workers          threads that decode, default one per core that this process may use.
     returns          Dataset.  raises: UsageError, of files that cannot be read or a cache that cannot be written.
     """
-    if size < 1:
-        raise UsageError(f"--image-size {size}: must be at least 1")
     try:
         default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "unlabeled")
         cache = Path(cache or default).expanduser().absolute()
@@ -228,17 +226,14 @@ def decode_all(files, images, aspect, bad, workers=None):
                 bad[i] = (files[i], one_line(error, files[i]), refused)
         return len(rows)
 
-    pool = ThreadPoolExecutor(workers or usable_cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ThreadPoolExecutor(workers or cores)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         try:
             yield from pool.map(decode_rows, [range(a, min(a + 16, len(files))) for a in range(0, len(files), 16)])
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report_unreadable(packed, source, listing, skipping, quiet):
