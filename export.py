@@ -15,7 +15,7 @@ import torch
 
 import common
 import harness
-from harness.checkpoint import file_of, save
+from harness.checkpoint import file_of, save, shapes
 from harness.parser import Parser, path
 
 
@@ -70,8 +70,7 @@ def main(argv=None):
     file = file_of(args.run, "linear.pt")
     checkpoint = harness.load_checkpoint(file)
     stem, width, beside = checkpoint["stem"], checkpoint["width"], args.out.with_suffix(".json")
-    ours = common.ResNet18(stem=stem, width=width).state_dict()
-    if {n: t.shape for n, t in checkpoint["backbone"].items()} != {n: t.shape for n, t in ours.items()}:
+    if shapes(checkpoint["backbone"]) != shapes(common.ResNet18(stem=stem, width=width).state_dict()):
         raise common.UsageError(f"{file}: its backbone is not a ResNet-18 of this project; export writes those only")
     if args.out.exists() and args.out.samefile(file):
         raise common.UsageError(f"{args.out}: is the checkpoint itself; name another file")

@@ -308,7 +308,7 @@ def make_backbone(args, pretrained):
     else:
         backbone = common.ResNet18(stem=args.stem, width=args.width)
         own = backbone.state_dict()
-        if weights.shapes(own) != weights.shapes(pretrained.get("backbone", own)):
+        if checkpoint.shapes(own) != checkpoint.shapes(pretrained.get("backbone", own)):
             raise common.UsageError("--from-scratch: the backbone of this run is no ResNet18; name the program that "
                                     "trained it: --program FILE.py")
     if args.layer != "layer4" and not isinstance(backbone, common.ResNet18):

@@ -1,5 +1,6 @@
 """Checkpoints: tensors and plain values only, written whole or not at all, read without running any code."""
 
+import contextlib
 import os
 import random
 import time
@@ -14,8 +15,12 @@ from harness.distributed import is_main
 VERSION = 1  # of the checkpoints' form
 
 
-def write_atomically(path, content):
-    """Write bytes, or a state for torch.save, to a file beside; sync, rename: never half a file."""
+def save(path, content):
+    """Write bytes, or a state for torch.save, to a file beside; sync, rename: never half a file.
+
+    raises  UsageError where it cannot be written; a file that was there stays.
+    """
+    path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
@@ -27,8 +32,13 @@ def write_atomically(path, content):
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        stays = "; the one before it stays" if path.exists() else ""
+        raise UsageError(f"{path}: cannot be written: {reason}{stays}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def state_of(model, optimizer, scaler, states, args, dataset, epoch, step):
@@ -63,23 +73,15 @@ def state_of(model, optimizer, scaler, states, args, dataset, epoch, step):
     }
 
 
-def save(path, content):
-    """write_atomically(); a file that is there stays whole until the new one is.
-
-    raises  UsageError where it cannot be written.
-    """
-    try:
-        write_atomically(Path(path), content)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        stays = "; the one before it stays" if Path(path).exists() else ""
-        raise UsageError(f"{path}: cannot be written: {reason}{stays}") from None
-
-
 def file_of(path, *names):
     """The file of a run folder: the first of `names` that is there, else last.pt. A file stands for itself."""
     path = Path(path)
     return next((path / name for name in names if (path / name).exists()), path / "last.pt") if path.is_dir() else path
+
+
+def shapes(state):
+    """{name: shape} of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def read_tensors(path):
@@ -143,8 +145,7 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
     except (RuntimeError, ValueError, KeyError):
         raise UsageError(f"--resume: not the model of this run: {_difference(checkpoint, model, classes)}") from None
     scaler.load_state_dict(checkpoint["scaler"])
-    version, state, gauss = checkpoint["rng"]["python"]
-    random.setstate((version, tuple(state), gauss))
+    random.setstate(checkpoint["rng"]["python"])
     torch.set_rng_state(checkpoint["rng"]["torch"])
     if torch.cuda.is_available() and len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
@@ -152,9 +153,8 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
 
 
 def _difference(checkpoint, model, classes):
-    then, now = ({name: tuple(value.shape) for name, value in state.items()}
-                 for state in (checkpoint["model"], model.state_dict()))
-    name, saved = next((n for n in then | now if then.get(n) != now.get(n)), None), checkpoint["classes"]
+    then, now, saved = shapes(checkpoint["model"]), shapes(model.state_dict()), checkpoint["classes"]
+    name = next((n for n in then | now if then.get(n) != now.get(n)), None)
     if name is None:
         return "it had another optimiser, or other parts; leave out the flags that it did not have"
     was, now = then.get(name, "not there"), now.get(name, "not there")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from common import UsageError
-from harness.checkpoint import write_atomically
+from harness.checkpoint import save
 from harness.distributed import same
 
 try:
@@ -69,9 +69,9 @@ class Folder:
             self._lock()
             # Epochs after the checkpoint are run again: their lines must not stand there twice.
             rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.resumes else []
-            write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+            save(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
             flags = {"method": args.method, **vars(args), "out": str(self.path)}
-            write_atomically(self.path / "args.json", json.dumps(flags, indent=1).encode())
+            save(self.path / "args.json", json.dumps(flags, indent=1).encode())
         except OSError as error:
             raise UsageError(f"--out {self.path}: {error.strerror or error}") from None
 

@@ -27,11 +27,6 @@ def named_tensors(value, name=""):
             yield from named_tensors(inner, f"{name}.{key}" if name else str(key))
 
 
-def shapes(state):
-    """{name: shape} of a state dict."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
 def load_weights(path):
     """The first ResNet-18 in a file, whoever wrote it.
 
@@ -55,15 +50,11 @@ def load_weights(path):
         raise UsageError(f"{file}: conv1.weight is {kernel or 'missing'}; ResNet-18 has (64, 3, 7, 7), for small "
                          "pictures (64, 3, 3, 3)")
     net = ResNet18(stem=stem, width=kernel[0])
-    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    faults = [f"{name} is missing" for name in shapes
-              if name not in found and not name.endswith("num_batches_tracked")]  # old files have none
-    faults += [f"{name} is {tuple(tensor.shape)}, not {shapes[name]}" if name in shapes else f"{name} is one too many"
-               for name, tensor in found.items() if tuple(tensor.shape) != shapes.get(name)]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise UsageError(f"{file}: no ResNet-18 of width {kernel[0]}: {faults[0]}{more}")
-    net.load_state_dict(found)
+    try:
+        net.load_state_dict(found)  # counters of BatchNorm, which old files lack, may be missing
+    except RuntimeError as error:
+        fault = textwrap.shorten(str(error).partition("\n")[2], 200, placeholder=" ...")
+        raise UsageError(f"{file}: no ResNet-18 of width {kernel[0]}: {fault}") from None
     note = f"{file}: ResNet-18, stem {stem}, width {kernel[0]}" + (f", from {prefix}*" if prefix else "")
     note += f"; left out: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}" if left else ""
     return {"backbone": net.state_dict(), "stem": stem, "width": kernel[0],
