@@ -203,9 +203,7 @@ def fill_recipe(args, images, labelled):
     steps = math.ceil(passes * images / min(images, recipe["batch_size"]))
     recipe["batch_size"] = math.ceil(passes * images / steps)
     harness.fill_flags(args, recipe)
-    if args.batch_size > images:
-        raise common.UsageError(f"--batch-size {args.batch_size}: more than the {images} labelled images to train on; "
-                                f"take at most {images}")
+    pictures.check_batch(args.batch_size, images)
     return passes
 
 

@@ -179,16 +179,9 @@ def fill_flags(args, recipe):
 
 
 def check_batch(args, source):
-    """raises  UsageError for a batch larger than the training images, or that processes cannot share equally."""
-    train = source.splits["train"]
-    images = sum(train.counts) if train else 0
-    if images < args.batch_size:
-        raise UsageError(f"--batch-size {args.batch_size}: more than the {images} training images; "
-                         f"take at most {images}")
+    """pictures.check_batch() before any picture is read."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if args.batch_size % world:
-        raise UsageError(f"--batch-size {args.batch_size}: of all processes together; it must be a multiple of their "
-                         f"number, {world}: take {args.batch_size // world * world or world}")
+    pictures.check_batch(args.batch_size, sum(source.splits["train"].counts), world)
 
 
 def check_stop(percent, chance):

@@ -34,6 +34,15 @@ def labelled(split):
                  held=split.held)  # what is on the device already serves both
 
 
+def check_batch(size, images, world=1):
+    """raises  UsageError for a batch larger than all images to train on, or that processes cannot share equally."""
+    if size > images:
+        raise UsageError(f"--batch-size {size}: more than the {images} images to train on; take at most {images}")
+    if size % world:
+        raise UsageError(f"--batch-size {size}: of all processes together; it must be a multiple of their number, "
+                         f"{world}: take {size // world * world or world}")
+
+
 class Batches:
     """Batches of a split, on a device.
 
@@ -48,11 +57,8 @@ class Batches:
 
     def __init__(self, split, batch_size, device="cpu", seed=0, shuffle=True, drop_last=True, rank=0, world=1,
                  passes=1):
-        if drop_last and batch_size > len(split):
-            raise UsageError(f"--batch-size {batch_size}: there are only {len(split)} images, not one step "
-                             f"an epoch; choose at most {len(split)}")
-        if drop_last and batch_size % world:
-            raise UsageError(f"--batch-size {batch_size}: must be a multiple of the {world} processes")
+        if drop_last:
+            check_batch(batch_size, len(split), world)
         self.split, self.batch_size, self.device = split, batch_size, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # a thread has its own current device
             self.device = torch.device("cuda", torch.cuda.current_device())
