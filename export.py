@@ -36,15 +36,6 @@ def parse_args(argv):
     return args
 
 
-def weights(checkpoint, classified):
-    """{torchvision's name: contiguous tensor that owns its storage}; with the classifier of linear.py as fc."""
-    state = dict(checkpoint["backbone"])
-    if classified:
-        state |= {f"fc.{name}": value for name, value in checkpoint["classifier"].items()}
-    # torch.save writes the whole storage of a view, so every tensor is copied out of what it may be a part of.
-    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-
-
 def loading_lines(path, checkpoint, classified):
     """Python that builds the network and loads the file: torchvision's where its shape allows, else ours."""
     classes = len(checkpoint["classes"]) if classified else 0
@@ -75,7 +66,10 @@ def main(argv=None):
     if args.out.exists() and args.out.samefile(file):
         raise common.UsageError(f"{args.out}: is the checkpoint itself; name another file")
     classified = "classifier" in checkpoint and checkpoint["layer"] == "layer4" and not args.backbone_only
-    state = weights(checkpoint, classified)
+    head = checkpoint["classifier"] if classified else {}
+    # torch.save writes the whole storage of a view, so every tensor is copied out of what it may be a part of.
+    state = {name: tensor.clone(memory_format=torch.contiguous_format)
+             for name, tensor in (checkpoint["backbone"] | {f"fc.{n}": t for n, t in head.items()}).items()}
     names = ["method", "stem", "width", "image_size", "mean", "std", "classes"] + ["layer"] * classified
     about = json.dumps({name: checkpoint[name] for name in names}, indent=1)
     save(args.out, state)

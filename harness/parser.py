@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import operator
 import os
 import re
 import sys
@@ -109,21 +110,19 @@ def number(kind, low=None, high=None, above=None):
 
     A whole number, be it a count or a seed, must fit int64; another float32, with room for a product or a quotient.
     """
-    limits = (("at least", low), ("above", above), ("at most", high))
-    bounds = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
+    limits = [limit for limit in ((operator.ge, "at least", low), (operator.gt, "above", above),
+                                  (operator.le, "at most", high)) if limit[-1] is not None]
+    bounds = " and ".join(f"{words} {limit}" for _, words, limit in limits)
+    smallest, largest = (1, 2**63 - 1) if kind is int else (1e-30, 1e30)
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {word}") from None
-        smallest, largest = (1, 2**63 - 1) if kind is int else (1e-30, 1e30)
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a {'whole ' * (kind is int)}number") from None
         if value and not smallest <= abs(value) <= largest:  # nor is nan
-            allowed = f"at most {largest}" if kind is int else f"from {smallest:g} to {largest:g}"
-            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range, {allowed}")
-        if (low is not None and value < low) or (above is not None and value <= above) or (
-                high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range, at most {largest}, at least {smallest}")
+        if not all(holds(value, limit) for holds, _, limit in limits):
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return value
 
