@@ -199,12 +199,10 @@ def holdout(args):
 
 def changed_images(saved, source, splits):
     """In words, which splits have not the images any more that they had in the run whose flags are `saved`; or ""."""
-    words = []
-    for split in splits:
-        before, now = (contents.get(split, [0]) for contents in (saved.get("contents", {}), source.contents))
-        if "contents" in saved and before != now:
-            words.append(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now")
-    return ", ".join(words)
+    pairs = {split: (saved["contents"].get(split, [0]), source.contents.get(split, [0])) for split in splits
+             if "contents" in saved}
+    return ", ".join(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now"
+                     for split, (before, now) in pairs.items() if before != now)
 
 
 def note_changes(source, data, saved, splits):
