@@ -1,5 +1,6 @@
 """The folder of a run: args.json, metrics.jsonl, log.txt, and checkpoints, written by one program at a time."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -20,15 +21,9 @@ except ImportError:  # Windows
 def read_metrics(folder):
     """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
-    try:
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
             rows.append(json.loads(line))
-        except ValueError:
-            break
     return rows
 
 
