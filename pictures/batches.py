@@ -1,5 +1,6 @@
 """One packed split and batches of it on any device, in an order that (seed, epoch) alone decides."""
 
+import contextlib
 import hashlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -99,11 +100,9 @@ class Batches:
         else:
             images = self.split.held.get(self.device, self.split.images)
             pixels = (images.index_select(0, index) for index in rows_there)
-        try:
+        with contextlib.closing(pixels):  # ends the thread when the consumer stops early
             for index, there, x in zip(rows, rows_there, pixels, strict=True):
                 yield x, self.split.aspect[index], labels[there], index
-        finally:
-            pixels.close()  # ends the thread when the consumer stops early
 
     def hold(self):
         """Puts the images on the device if they fit comfortably; says whether they are there."""

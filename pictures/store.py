@@ -35,7 +35,6 @@ class Dataset:
     mean: tuple
     std: tuple
     size: int
-    name: str
     kind: str
 
 
@@ -67,7 +66,7 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
         if not quiet and part is not None and nearly_black(part.images[:: max(1, len(part) // 100)]):
             print(f"note    most {split} pictures are nearly black, at most 16 of 255; if they are deep ones "
                   "that fill few of\n        their bits, scale them first", flush=True)
-    return Dataset(*packed.values(), source.classes, source.mean, source.std, size, source.name, source.kind)
+    return Dataset(*packed.values(), source.classes, source.mean, source.std, size, source.kind)
 
 
 def nearly_black(images):
@@ -159,13 +158,10 @@ def write_store(folder, items, size, label, quiet, workers):
     images, aspect, bad = create_images(folder, len(names), size), torch.ones(len(names)), {}
     steps = fill(images, chunks) if items.load else decode_all(names, images, aspect, bad, workers)
     progress, done = Progress(len(names), label=label, unit="images", quiet=quiet), 0
-    try:
+    with contextlib.closing(progress), contextlib.closing(steps):
         for count in steps:
             done += count
             progress.update(done)
-    finally:
-        steps.close()
-        progress.close()
     kept = [i for i in range(len(names)) if i not in bad]
     for new, old in enumerate(kept if bad else ()):  # close the gaps
         images[new] = images[old]
