@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -133,7 +134,7 @@ def load(path, method=None):
 def restore(checkpoint, model, optimizer, scaler, states, classes):
     """Put a checkpoint's state into freshly made objects, random generators too. Returns the step.
 
-    classes  of the data: named where they, and not the flags, make another model than the saved one.
+    classes  of the data: named where their number, and not the flags, makes another model than the saved one.
     raises   UsageError where the objects are not those of the run.
     """
     saved = checkpoint.get("states", {})
@@ -142,26 +143,18 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
         optimizer.load_state_dict(checkpoint["optimizer"])
         for name, part in states.items():
             part.load_state_dict(saved[name])
-    except (RuntimeError, ValueError, KeyError):
-        raise UsageError(f"--resume: not the model of this run: {_difference(checkpoint, model, classes)}") from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        why = textwrap.shorten(str(error), 300, placeholder=" ...") + "; leave out the flags that the run did not have"
+        if len(classes) != len(checkpoint["classes"]):
+            why = (f"the data had {len(checkpoint['classes'])} classes and has {len(classes)}, which differ in "
+                   f"{', '.join(sorted({*classes} ^ {*checkpoint['classes']}))[:200]}; restore the data")
+        raise UsageError(f"--resume: not the model of this run: {why}, or start a new run") from None
     scaler.load_state_dict(checkpoint["scaler"])
     random.setstate(checkpoint["rng"]["python"])
     torch.set_rng_state(checkpoint["rng"]["torch"])
     if torch.cuda.is_available() and len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
     return checkpoint["step"]
-
-
-def _difference(checkpoint, model, classes):
-    then, now, saved = shapes(checkpoint["model"]), shapes(model.state_dict()), checkpoint["classes"]
-    name = next((n for n in then | now if then.get(n) != now.get(n)), None)
-    if name is None:
-        return "it had another optimiser, or other parts; leave out the flags that it did not have"
-    was, now = then.get(name, "not there"), now.get(name, "not there")
-    if (*was[:1], *now[:1]) == (len(saved), len(classes)) and len(saved) != len(classes):
-        return (f"the data had {len(saved)} classes and has {len(classes)}, which differ in "
-                f"{', '.join(sorted({*classes} ^ {*saved}))[:200]}; restore the data, or start a new run")
-    return f"{name} was {was} and is {now}; leave out the flags that it did not have"
 
 
 class Saver:

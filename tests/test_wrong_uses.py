@@ -191,7 +191,7 @@ CASES = [
     ("simsiam", "--resume simsiam --width 8", "--width 4"),
     ("simsiam", "--resume simsiam --batch-size 8", "--batch-size 4"),
     ("simsiam", "--resume simsiam --out elsewhere", "--out simsiam"),
-    ("simsiam", "--resume simsiam --dim 16 --max-steps 2", "--resume projector.6.weight (8, (16,"),
+    ("simsiam", "--resume simsiam --dim 16 --max-steps 2", "--resume projector.6.weight [8, [16,"),
     ("simsiam", "--seed 5 --resume", "--resume simsiam"),
     # kNN
     ("knn", "", "--checkpoint"),
