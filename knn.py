@@ -329,7 +329,7 @@ def main(argv=None):
           f"images, {name}, {bank_features.shape[1]} features")
     if not measured:
         print(f"no accuracy: it takes labelled training and labelled {args.split} images")
-    if measured and max(args.k) > len(labels):
+    elif max(args.k) > len(labels):
         print(f"note    there are {len(labels):,} to vote: k is {len(labels):,} where it is more")
     first, ks = None, list(dict.fromkeys(min(k, len(labels)) for k in args.k)) if measured else []
     for k in ks:

@@ -70,14 +70,9 @@ from harness.run import Run, set_up
 # The defaults, way -> flag -> value. lr per 256 images.
 PROBED = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=0.0, schedule="cosine",
               warmup_epochs=0.0, eval_every=1, save_every=1)
-TRAINED = dict(epochs=100, batch_size=128, optimizer="sgd", lr=0.2, weight_decay=5e-4, schedule="cosine",
-               warmup_epochs=5.0, eval_every=1, save_every=1)
-RECIPES = {
-    "cached": PROBED | dict(batch_size=1000, eval_every=10, save_every=10),
-    "probe": PROBED,
-    "finetune": TRAINED,
-    "from-scratch": TRAINED,
-}
+TRAINED = PROBED | dict(batch_size=128, lr=0.2, weight_decay=5e-4, warmup_epochs=5.0)
+CACHED = PROBED | dict(batch_size=1000, eval_every=10, save_every=10)
+RECIPES = {"cached": CACHED, "probe": PROBED, "finetune": TRAINED, "from-scratch": TRAINED}
 SHORT = dict(epochs=5, batch_size=64, warmup_epochs=0.5)
 TOY = {"probe": dict(epochs=10), "finetune": SHORT, "from-scratch": SHORT}  # what the toy set, small and easy, takes
 FROZEN = ("cached", "probe")
