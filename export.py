@@ -15,7 +15,7 @@ import torch
 
 import common
 import harness
-from harness.checkpoint import file_of, save
+from harness.checkpoint import file_of, save, shapes
 from harness.parser import Parser, path
 
 
@@ -34,15 +34,6 @@ def parse_args(argv):
         if file.exists() and not args.force:
             parser.error(f"{file}: exists; name another file, or --force to overwrite it")
     return args
-
-
-def weights(checkpoint, classified):
-    """{torchvision's name: contiguous tensor that owns its storage}; with the classifier of linear.py as fc."""
-    state = dict(checkpoint["backbone"])
-    if classified:
-        state |= {f"fc.{name}": value for name, value in checkpoint["classifier"].items()}
-    # torch.save writes the whole storage of a view, so every tensor is copied out of what it may be a part of.
-    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
 def loading_lines(path, checkpoint, classified):
@@ -70,13 +61,15 @@ def main(argv=None):
     file = file_of(args.run, "linear.pt")
     checkpoint = harness.load_checkpoint(file)
     stem, width, beside = checkpoint["stem"], checkpoint["width"], args.out.with_suffix(".json")
-    ours = common.ResNet18(stem=stem, width=width).state_dict()
-    if {n: t.shape for n, t in checkpoint["backbone"].items()} != {n: t.shape for n, t in ours.items()}:
+    if shapes(checkpoint["backbone"]) != shapes(common.ResNet18(stem=stem, width=width).state_dict()):
         raise common.UsageError(f"{file}: its backbone is not a ResNet-18 of this project; export writes those only")
     if args.out.exists() and args.out.samefile(file):
         raise common.UsageError(f"{args.out}: is the checkpoint itself; name another file")
     classified = "classifier" in checkpoint and checkpoint["layer"] == "layer4" and not args.backbone_only
-    state = weights(checkpoint, classified)
+    head = checkpoint["classifier"] if classified else {}
+    # torch.save writes the whole storage of a view, so every tensor is copied out of what it may be a part of.
+    state = {name: tensor.clone(memory_format=torch.contiguous_format)
+             for name, tensor in (checkpoint["backbone"] | {f"fc.{n}": t for n, t in head.items()}).items()}
     names = ["method", "stem", "width", "image_size", "mean", "std", "classes"] + ["layer"] * classified
     about = json.dumps({name: checkpoint[name] for name in names}, indent=1)
     save(args.out, state)

@@ -233,8 +233,8 @@ def open_data(args, checkpoint, splits):
     Where the checkpoint does not know it, --image-size or the kind of the data says it; the data, mean and std.
     """
     saved = checkpoint["args"]
-    holdout = 0.0 if saved["knn_split"] == "test" else 0.1
-    source = pictures.open_source(args.data or saved["data"], args.data_root or saved["data_root"], holdout=holdout)
+    source = pictures.open_source(args.data or saved["data"], args.data_root or saved["data_root"],
+                                  holdout=0.0 if saved["knn_split"] == "test" else 0.1)
     flags.note_changes(source, args.data, saved, splits)
     size = checkpoint["image_size"] or args.image_size or flags.SHAPES[source.kind]["image_size"]
     dataset = pictures.pack(source, size, args.cache or saved["cache"], splits=splits,
@@ -242,17 +242,6 @@ def open_data(args, checkpoint, splits):
     if checkpoint["mean"]:
         dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]  # what the network was trained with
     return source, dataset
-
-
-class Projected(torch.nn.Module):
-    """A model seen as x -> {"projector": (N, D)}."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return {"projector": self.model.projector(self.model.backbone(x))}
 
 
 def network_of(checkpoint, args, device):
@@ -268,24 +257,21 @@ def network_of(checkpoint, args, device):
         raise common.UsageError(f"--projector: a {checkpoint['method']} model has none, or its program is not known: "
                                 "--program FILE.py")
     model.load_state_dict(checkpoint["model"])
-    return Projected(model).to(device, memory_format=torch.channels_last), "projector"
+    both = torch.nn.Sequential(model.backbone, model.projector).to(device, memory_format=torch.channels_last)
+    return Layers(both, ("projector",)), "projector"
 
 
 def class_table(predicted, truth, classes):
     """Lines of a table: class, images, top-1, and what it is most often taken for."""
     width = min(24, max(5, *(len(name) for name in classes)))
     lines = [f"{'class':{width}}  images   top-1  most often taken for"]
-    for row, name in enumerate(classes):
-        answers = predicted[truth == row]
-        if len(answers) == 0:
-            continue
-        wrong = answers[answers != row]
-        taken = ""
-        if len(wrong):
-            other = wrong.bincount(minlength=len(classes)).argmax().item()
-            taken = f"{classes[other]} ({(wrong == other).sum().item()})"
-        share = 100.0 * (answers == row).sum().item() / len(answers)
-        lines.append(f"{name[:width]:{width}}  {len(answers):6}  {share:5.1f} %  {taken}"[:79].rstrip())
+    for c, name in enumerate(classes):
+        counts = predicted[truth == c].bincount(minlength=len(classes)).tolist()  # what its images are taken for
+        if images := sum(counts):
+            share, counts[c] = 100.0 * counts[c] / images, 0
+            most = max(counts)
+            taken = f"{classes[counts.index(most)]} ({most})" if most else ""
+            lines.append(f"{name[:width]:{width}}  {images:6}  {share:5.1f} %  {taken}"[:79].rstrip())
     return lines
 
 
@@ -294,14 +280,11 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, 
 
     Where one of the two has no label the frame is grey. Queries that are the bank itself do not find themselves.
     Pictures are shown as the network sees them, their central square; small ones enlarged.
-    raises  UsageError where it cannot be written.
     """
     inside = queries is bank
     pick = torch.linspace(0, len(queries.labels) - 1, min(rows, len(queries.labels))).long()
-    chosen = query_features[pick.to(query_features.device)]
+    chosen, size, tiles = query_features[pick.to(query_features.device)], queries.images.shape[-1], []
     _, near = nearest(chosen, bank_features, min(columns + inside, len(bank.labels)))
-    size = queries.images.shape[-1]
-    tiles = []
     for query, row in zip(pick.tolist(), near.tolist(), strict=True):
         row = [i for i in row if not inside or i != query][:columns]
         for place, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row]):
@@ -311,15 +294,10 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, 
             mine, theirs = queries.labels[query], bank.labels[index] if place else -1
             colour = (0.1, 0.7, 0.2) if mine == theirs else (0.85, 0.1, 0.1)
             colour = (0.5, 0.5, 0.5) if min(mine, theirs) < 0 else colour
-            frame = torch.tensor(colour).view(1, 3, 1, 1)
-            side = tile.shape[-1] + 6
-            framed = frame.expand(1, 3, side, side).clone()
-            framed[:, :, 3:-3, 3:-3] = tile
-            tiles.append(framed[0])
-    try:
-        save_image(make_grid(torch.stack(tiles), nrow=1 + len(row), padding=2, pad_value=1.0), path)
-    except (OSError, ValueError) as error:
-        raise common.UsageError(f"--neighbours {path}: cannot write the picture: {error}") from None
+            framed = torch.tensor(colour).view(3, 1, 1).repeat(1, tile.shape[-2] + 6, tile.shape[-1] + 6)
+            framed[:, 3:-3, 3:-3] = tile[0]
+            tiles.append(framed)
+    save_image(make_grid(torch.stack(tiles), nrow=1 + len(row), padding=2, pad_value=1.0), path)
 
 
 @command
@@ -330,10 +308,7 @@ def main(argv=None):
     device = common.pick_device(args.device)
     autocast, _ = common.pick_precision(args.amp, device)
     source, dataset = open_data(args, checkpoint, ("train", args.split))
-    for line in source.description:
-        print(line)
-    if checkpoint.get("note"):
-        print(checkpoint["note"])
+    print("\n".join([*source.description, *filter(None, [checkpoint.get("note")])]))
     split, bank = getattr(dataset, args.split), pictures.labelled(dataset.train)
     if split is None and args.split == "test":
         raise common.UsageError("--split test: this data has no test images")
@@ -354,7 +329,7 @@ def main(argv=None):
           f"images, {name}, {bank_features.shape[1]} features")
     if not measured:
         print(f"no accuracy: it takes labelled training and labelled {args.split} images")
-    if measured and max(args.k) > len(labels):
+    elif max(args.k) > len(labels):
         print(f"note    there are {len(labels):,} to vote: k is {len(labels):,} where it is more")
     first, ks = None, list(dict.fromkeys(min(k, len(labels)) for k in args.k)) if measured else []
     for k in ks:

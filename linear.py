@@ -48,7 +48,6 @@ import io
 import json
 import math
 import os
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -61,7 +60,7 @@ import harness
 import knn
 import pictures
 from harness import checkpoint, flags, weights
-from harness.parser import absolute_path, path, png_file
+from harness.parser import absolute_path, path
 from harness.run import Run, set_up
 
 # ------------------------------------------------------------------------------------------------
@@ -71,31 +70,22 @@ from harness.run import Run, set_up
 # The defaults, way -> flag -> value. lr per 256 images.
 PROBED = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=0.0, schedule="cosine",
               warmup_epochs=0.0, eval_every=1, save_every=1)
-TRAINED = dict(epochs=100, batch_size=128, optimizer="sgd", lr=0.2, weight_decay=5e-4, schedule="cosine",
-               warmup_epochs=5.0, eval_every=1, save_every=1)
-RECIPES = {
-    "cached": PROBED | dict(batch_size=1000, eval_every=10, save_every=10),
-    "probe": PROBED,
-    "finetune": TRAINED,
-    "from-scratch": TRAINED,
-}
-# What the toy set, small and easy, takes instead.
-TOY = {
-    "cached": dict(),
-    "probe": dict(epochs=10),
-    "finetune": dict(epochs=5, batch_size=64, warmup_epochs=0.5),
-    "from-scratch": dict(epochs=5, batch_size=64, warmup_epochs=0.5),
-}
+TRAINED = PROBED | dict(batch_size=128, lr=0.2, weight_decay=5e-4, warmup_epochs=5.0)
+CACHED = PROBED | dict(batch_size=1000, eval_every=10, save_every=10)
+RECIPES = {"cached": CACHED, "probe": PROBED, "finetune": TRAINED, "from-scratch": TRAINED}
+SHORT = dict(epochs=5, batch_size=64, warmup_epochs=0.5)
+TOY = {"probe": dict(epochs=10), "finetune": SHORT, "from-scratch": SHORT}  # what the toy set, small and easy, takes
 FROZEN = ("cached", "probe")
 
 
 def network_flags(parser):
     """Whose features, judged in which way, on which images."""
     add, count = parser.flag, functools.partial(harness.number, int)
+    network = parser.add_mutually_exclusive_group()
     add("--checkpoint", "the pre-training run: its folder (then last.pt counts, as in the papers) or a .pt file",
-        metavar="RUN", type=absolute_path, default=None)
+        metavar="RUN", type=absolute_path, default=None, group=network)
     add("--weights", "instead of a run, the weights alone: a file of a ResNet-18 with torchvision's names",
-        metavar="FILE", type=absolute_path, default=None)
+        metavar="FILE", type=absolute_path, default=None, group=network)
     weights.program_flag(parser)
     add("--image-size", "without a run: side of a view in pixels", flags.SHAPES, type=count(low=8))
     add("--stem", "with neither run nor weights: first layers of the network", flags.SHAPES,
@@ -145,8 +135,6 @@ def parse_args(argv=None):
         action="store_true")
     add("--no-validation", "train on every labelled training image, choose nothing, and let the last weights "
         "count, as papers do on CIFAR; needs --test", action="store_true")
-    add("--confusion", "where the picture of the confusion matrix goes (default: confusion.png in the run's "
-        "folder)", metavar="PNG", type=png_file, default=None)
     args = harness.parse(parser, argv, fixed=("checkpoint", "weights", "label_fraction", "layer", "raw_features",
                                               "crop", "optimizer", "no_validation"))
     saved = harness.load_checkpoint(args.resume) if args.resume else None
@@ -158,27 +146,28 @@ def parse_args(argv=None):
 
 
 def check_flags(parser, args):
-    if args.checkpoint and args.weights:
-        parser.error("--weights: --checkpoint names a network already; give one of them")
-    if args.way != "from-scratch" and not args.checkpoint and not args.weights:
-        parser.error("--checkpoint RUN is missing: the pre-training run whose features are to be judged; or --weights "
-                     "FILE, or --from-scratch, which needs neither")
-    if args.program and not args.checkpoint:
-        parser.error("--program: builds the network of a run, with the flags of that run; add --checkpoint RUN")
-    if args.way not in FROZEN and (args.layer != "layer4" or args.raw_features):
-        parser.error(f"--{'raw-features' if args.raw_features else 'layer'}: only for a frozen network, that is "
-                     f"--cached or --probe; --{args.way} trains all of it")
-    if args.way == "cached" and args.crop:
-        parser.error("--crop: --cached sees evaluation views only; take --probe")
-    if args.no_validation and not args.test:
-        parser.error("--no-validation: then nothing would be measured; add --test")
-    if args.no_validation and args.stop_at_accuracy:
-        parser.error("--stop-at-accuracy: validation images say when to stop; leave --no-validation out")
-    if args.optimizer in ("lars", "adamw") and not (args.lr or args.step_lr):
-        parser.error(f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr or --step-lr, "
-                     f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance")
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("linear.py trains on one device: start it without torchrun")
+    frozen, has_rate = args.way in FROZEN, args.lr or args.step_lr
+    frozen_only = "raw-features" if args.raw_features else "layer"
+    for wrong, message in (
+        (args.way != "from-scratch" and not args.checkpoint and not args.weights,
+         "--checkpoint RUN is missing: the pre-training run whose features are to be judged; or --weights FILE, or "
+         "--from-scratch, which needs neither"),
+        (args.program and not args.checkpoint,
+         "--program: builds the network of a run, with the flags of that run; add --checkpoint RUN"),
+        (not frozen and (args.layer != "layer4" or args.raw_features),
+         f"--{frozen_only}: only for a frozen network, that is --cached or --probe; --{args.way} trains all of it"),
+        (args.way == "cached" and args.crop, "--crop: --cached sees evaluation views only; take --probe"),
+        (args.no_validation and not args.test, "--no-validation: then nothing would be measured; add --test"),
+        (args.no_validation and args.stop_at_accuracy,
+         "--stop-at-accuracy: validation images say when to stop; leave --no-validation out"),
+        (args.optimizer in ("lars", "adamw") and not has_rate,
+         f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr or --step-lr, "
+         f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance"),
+        ("RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+         "linear.py trains on one device: start it without torchrun"),
+    ):
+        if wrong:
+            parser.error(message)
 
 
 def inherit(args):
@@ -195,22 +184,22 @@ def inherit(args):
     return pretrained
 
 
-def fill_recipe(args, images, passes):
-    """Give every flag that is still None its default.
+def fill_recipe(args, images, labelled):
+    """Give every flag that is still None its default; returns the passes over the images that make an epoch.
 
-    images  labelled ones that train, `passes` times per epoch.
+    images  those that train, of so many `labelled` ones.
     raises  UsageError for a batch larger than that.
     """
-    recipe = RECIPES[args.way] | (TOY[args.way] if args.kind == "toy" else {})
+    passes = round(labelled / images)
+    recipe = RECIPES[args.way] | (TOY.get(args.way, {}) if args.kind == "toy" else {})
     if args.way != "cached":
         recipe["crop"] = "pad" if args.kind in ("toy", "cifar") else "resized"
     # The table's batch, cut to what there is and so that no short one is left over.
     steps = math.ceil(passes * images / min(images, recipe["batch_size"]))
     recipe["batch_size"] = math.ceil(passes * images / steps)
     harness.fill_flags(args, recipe)
-    if args.batch_size > images:
-        raise common.UsageError(f"--batch-size {args.batch_size}: more than the {images} labelled images to train on; "
-                                f"take at most {images}")
+    pictures.check_batch(args.batch_size, images)
+    return passes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -276,38 +265,6 @@ def take_part(split, fraction, seed):
                           [split.paths[i] for i in rows.tolist()])
 
 
-class Passes(pictures.Batches):
-    """Batches whose epoch is several passes over the split, each in an order of its own."""
-
-    def __init__(self, split, passes, *batches_args, **kind):
-        super().__init__(split, *batches_args, **kind)
-        self.passes = passes
-
-    def __len__(self):
-        whole, rest = divmod(self.passes * len(self.split), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
-
-    def order(self, epoch):
-        return torch.cat([super(Passes, self).order(self.passes * epoch + i) for i in range(self.passes)])
-
-
-class CachedPasses(Passes):
-    """The same of features that lie on the device instead of images: yields x (n, C) for images, None for aspect."""
-
-    def __init__(self, features, *passes_args, **kind):
-        super().__init__(*passes_args, **kind)
-        self.features, self.labels = features, self.split.labels.to(self.device)
-
-    def batches(self, epoch, start=0):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # steps so small take longer when CPU cores must wait for each other
-        try:
-            for index in self.order(epoch).to(self.device).split(self.batch_size)[start : len(self)]:
-                yield self.features.index_select(0, index), None, self.labels.index_select(0, index), index
-        finally:
-            torch.set_num_threads(threads)
-
-
 def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.
 
@@ -343,9 +300,8 @@ def make_backbone(args, pretrained):
         backbone = weights.build_model(pretrained, args.program).backbone
     else:
         backbone = common.ResNet18(stem=args.stem, width=args.width)
-        own, theirs = ({name: value.shape for name, value in state.items()} for state in (
-            backbone.state_dict(), pretrained.get("backbone", backbone.state_dict())))
-        if own != theirs:
+        own = backbone.state_dict()
+        if checkpoint.shapes(own) != checkpoint.shapes(pretrained.get("backbone", own)):
             raise common.UsageError("--from-scratch: the backbone of this run is no ResNet18; name the program that "
                                     "trained it: --program FILE.py")
     if args.layer != "layer4" and not isinstance(backbone, common.ResNet18):
@@ -503,10 +459,9 @@ def score(run, splits):
     run.say("\n".join([f"\n{title} images, linear.pt of step {saved['step']:,}:",
                        *knn.class_table(predicted, split.labels, classes), "", *lines,
                        f"wrote   {folder / 'linear.pt'}"]))
-    for file, content in ((Path(run.args.confusion or folder / "confusion.png"), picture),
-                          (folder / "scores.json", json.dumps(scores, indent=1).encode())):
-        checkpoint.save(file, content)
-        run.say(f"wrote   {file}")
+    for name, content in (("confusion.png", picture), ("scores.json", json.dumps(scores, indent=1).encode())):
+        checkpoint.save(folder / name, content)
+        run.say(f"wrote   {folder / name}")
     program = f" --program {run.args.program}" if run.args.program else ""
     run.next_command = f"python predict.py --checkpoint {folder}{program} image.jpg"
 
@@ -517,11 +472,12 @@ def score(run, splits):
 
 
 def make_batches(args, train, passes, features, device):
-    """`passes` over the split an epoch.  features: its (N, C), for --cached."""
+    """`passes` over the split an epoch; with --cached its features (N, C) come instead of its images."""
     if args.way == "cached":
-        return CachedPasses(features, train, passes, args.batch_size, device, args.seed, drop_last=False)
+        torch.set_num_threads(1)  # steps so small take longer when CPU cores must wait for each other
+        train = pictures.Split(features, train.labels, train.aspect, train.paths, held={features.device: features})
     # A short last batch would spoil the statistics of a BatchNorm that trains; frozen ones do not mind.
-    return Passes(train, passes, args.batch_size, device, args.seed, drop_last=args.way not in FROZEN)
+    return pictures.Batches(train, args.batch_size, device, args.seed, drop_last=args.way not in FROZEN, passes=passes)
 
 
 def make_optimizer(args, parameters, lr):
@@ -550,8 +506,7 @@ def main(argv=None):
     device, autocast, scaler = set_up(args)
     source, dataset, labelled = open_data(args, pretrained)
     train, val = take_part(labelled["train"], args.label_fraction, args.seed), labelled.get("val")
-    passes = round(len(labelled["train"]) / len(train))
-    fill_recipe(args, len(train), passes)
+    passes = fill_recipe(args, len(train), len(labelled["train"]))
     with Run(args, source, device, autocast, scaler, name=f"linear-{args.way}", score="top1", title="top-1",
              best="linear.pt") as run:
         frozen = args.way in FROZEN
@@ -561,7 +516,7 @@ def main(argv=None):
             for split in (train, val))
         if frozen and not args.raw_features:
             model.standardise(of_train)
-        x = (of_train - model.mean) / model.std if frozen else None                        # (n, C)
+        threads, x = torch.get_num_threads(), (of_train - model.mean) / model.std if frozen else None
         run.feed(dataset, make_batches(args, train, passes, x, device))
 
         lr = args.step_lr or args.lr * args.batch_size / 256
@@ -597,6 +552,7 @@ def main(argv=None):
                 scores = validate(run, model, val, of_val, loss_of)
                 run.report(stop_reason(args, scores["top1"]), **scores)
 
+        torch.set_num_threads(threads)
         if frozen:
             check_frozen(model.backbone, pretrained["backbone"])
         score(run, {split: images for split, images in labelled.items() if split != "train"})

@@ -38,8 +38,7 @@ NOT_DRAWN = {"epoch", "step", "seconds", "images_per_second", "knn_20", "knn_10"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 # Flags that say where and how often, not what was trained: they never tell two runs apart.
-PLUMBING = flags.PLUMBING - {"data", "device", "amp", "compile"} | {"way", "test", "confusion", "eval_every",
-                                                                    "stop_at_accuracy"}
+PLUMBING = flags.PLUMBING - {"data", "device", "amp", "compile"} | {"way", "test", "eval_every", "stop_at_accuracy"}
 
 Run = collections.namedtuple("Run", "folder args rows")
 
@@ -56,11 +55,6 @@ def read_run(folder):
     return run
 
 
-def headline(run):
-    """"simsiam", ..., "linear finetune"."""
-    return " ".join(filter(None, [run.args["method"], run.args.get("way")]))
-
-
 def flag_text(name, value):
     """("lr", 0.1) -> "lr 0.1", ("no_predictor", True) -> "no-predictor"; nothing for what is not set."""
     if value is None or value is False:
@@ -72,13 +66,12 @@ def flag_text(name, value):
 
 def make_labels(runs):
     """The method, and the first three flags that differ between its runs; where two are still alike, the folder."""
-    labels = []
-    for run in runs:
-        group = [other.args for other in runs if headline(other) == headline(run)]
+    labels, titles = [], [" ".join(filter(None, [run.args["method"], run.args.get("way")])) for run in runs]
+    for run, title in zip(runs, titles, strict=True):  # "simsiam", ..., "linear finetune"
+        group = [other.args for other, its in zip(runs, titles, strict=True) if its == title]
         differ = [name for name in run.args
                   if name not in PLUMBING and len({str(args.get(name)) for args in group}) > 1]
-        texts = [flag_text(name, run.args[name]) for name in differ[:3]]
-        labels.append(", ".join([headline(run), *filter(None, texts)]))
+        labels.append(", ".join(filter(None, [title, *(flag_text(name, run.args[name]) for name in differ[:3])])))
     return [f"{label} ({run.folder})" if labels.count(label) > 1 else label
             for label, run in zip(labels, runs, strict=True)]
 

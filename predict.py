@@ -15,8 +15,6 @@ import contextlib
 import csv
 import json
 import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -75,27 +73,11 @@ def list_files(arguments):
 
 def read_files(files, size):
     """-> a pictures.Split of those that could be read, in order, and {file: why not} of the others."""
-    images, aspect, unreadable = torch.empty(len(files), 3, size, size, dtype=torch.uint8), torch.ones(len(files)), {}
-
-    def decode(i):
-        try:
-            images[i], aspect[i] = pictures.decode(files[i], size)
-        except Exception as error:  # broken files raise almost anything
-            unreadable[files[i]] = pictures.one_line(error, files[i])
-
-    with ThreadPoolExecutor(pictures.usable_cores()) as pool:
-        list(pool.map(decode, range(len(files))))
-    kept = [i for i, file in enumerate(files) if file not in unreadable]
-    labels = torch.full((len(kept),), -1)
-    return pictures.Split(images[kept], labels, aspect[kept], [files[i] for i in kept]), unreadable
-
-
-def read_checkpoint(path):
-    """-> the checkpoint, its layer, and its classifier {"weight", "bias"}, or None for a pre-training run."""
-    checkpoint = harness.load_checkpoint(file_of(path, "linear.pt"))
-    if "classifier" not in checkpoint and checkpoint["method"] == "linear":
-        raise common.UsageError(f"{path}: holds no classifier; give the run's linear.pt")
-    return checkpoint, checkpoint.get("layer", "layer4"), checkpoint.get("classifier")
+    images, aspect, bad = torch.empty(len(files), 3, size, size, dtype=torch.uint8), torch.ones(len(files)), {}
+    sum(pictures.decode_all(files, images, aspect, bad))
+    kept = [i for i in range(len(files)) if i not in bad]
+    split = pictures.Split(images[kept], torch.full((len(kept),), -1), aspect[kept], [files[i] for i in kept])
+    return split, {file: why for file, why, _ in bad.values()}
 
 
 def open_bank(args, checkpoint):
@@ -169,7 +151,8 @@ def write(out, rows, args):
 
 def predict(args, out):
     """Answers about every file on `out`; returns the exit code, 1 where a file could not be read."""
-    checkpoint, layer, classifier = read_checkpoint(args.checkpoint)
+    checkpoint = harness.load_checkpoint(file_of(args.checkpoint, "linear.pt"))
+    layer, classifier = checkpoint.get("layer", "layer4"), checkpoint.get("classifier")  # "weight", "bias", or None
     if classifier and args.data and not args.neighbours:
         raise common.UsageError(f"--data {args.data}: a classifier asks no training images; --neighbours shows them")
     files, classes, size = list_files(args.images), checkpoint["classes"], checkpoint["image_size"]
@@ -186,9 +169,6 @@ def predict(args, out):
         features, probabilities = extract(split), torch.empty(len(split), 0)
         if classifier:
             weight, bias = (classifier[name].to(device) for name in ("weight", "bias"))      # (K, C), (K,)
-            if weight.shape != (len(classes), features.shape[1]):
-                raise common.UsageError(f"{args.checkpoint}: a classifier of {tuple(weight.shape)} for {len(classes)} "
-                                        f"classes and {features.shape[1]} features; make it anew with linear.py")
             probabilities = F.linear(features, weight, bias).cpu().double().softmax(dim=1)
         elif classes:
             votes = knn.knn_predict(features, bank_features, bank.labels, len(classes), k, args.temperature)
@@ -221,8 +201,7 @@ def main(argv=None):
     args, out = parse_args(argv), sys.stdout
     if hasattr(out, "reconfigure"):
         out.reconfigure(encoding="utf-8", errors="surrogateescape")  # names of files may be any bytes
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever others print on the way
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+    with contextlib.redirect_stdout(sys.stderr):  # whatever others print on the way
         return predict(args, out)
 
 

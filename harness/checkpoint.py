@@ -1,7 +1,9 @@
 """Checkpoints: tensors and plain values only, written whole or not at all, read without running any code."""
 
+import contextlib
 import os
 import random
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -14,8 +16,12 @@ from harness.distributed import is_main
 VERSION = 1  # of the checkpoints' form
 
 
-def write_atomically(path, content):
-    """Write bytes, or a state for torch.save, to a file beside; sync, rename: never half a file."""
+def save(path, content):
+    """Write bytes, or a state for torch.save, to a file beside; sync, rename: never half a file.
+
+    raises  UsageError where it cannot be written; a file that was there stays.
+    """
+    path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
@@ -27,8 +33,13 @@ def write_atomically(path, content):
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        stays = "; the one before it stays" if path.exists() else ""
+        raise UsageError(f"{path}: cannot be written: {reason}{stays}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def state_of(model, optimizer, scaler, states, args, dataset, epoch, step):
@@ -63,23 +74,15 @@ def state_of(model, optimizer, scaler, states, args, dataset, epoch, step):
     }
 
 
-def save(path, content):
-    """write_atomically(); a file that is there stays whole until the new one is.
-
-    raises  UsageError where it cannot be written.
-    """
-    try:
-        write_atomically(Path(path), content)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        stays = "; the one before it stays" if Path(path).exists() else ""
-        raise UsageError(f"{path}: cannot be written: {reason}{stays}") from None
-
-
 def file_of(path, *names):
     """The file of a run folder: the first of `names` that is there, else last.pt. A file stands for itself."""
     path = Path(path)
     return next((path / name for name in names if (path / name).exists()), path / "last.pt") if path.is_dir() else path
+
+
+def shapes(state):
+    """{name: shape} of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def read_tensors(path):
@@ -131,7 +134,7 @@ def load(path, method=None):
 def restore(checkpoint, model, optimizer, scaler, states, classes):
     """Put a checkpoint's state into freshly made objects, random generators too. Returns the step.
 
-    classes  of the data: named where they, and not the flags, make another model than the saved one.
+    classes  of the data: named where their number, and not the flags, makes another model than the saved one.
     raises   UsageError where the objects are not those of the run.
     """
     saved = checkpoint.get("states", {})
@@ -140,28 +143,18 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
         optimizer.load_state_dict(checkpoint["optimizer"])
         for name, part in states.items():
             part.load_state_dict(saved[name])
-    except (RuntimeError, ValueError, KeyError):
-        raise UsageError(f"--resume: not the model of this run: {_difference(checkpoint, model, classes)}") from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        why = textwrap.shorten(str(error), 300, placeholder=" ...") + "; leave out the flags that the run did not have"
+        if len(classes) != len(checkpoint["classes"]):
+            why = (f"the data had {len(checkpoint['classes'])} classes and has {len(classes)}, which differ in "
+                   f"{', '.join(sorted({*classes} ^ {*checkpoint['classes']}))[:200]}; restore the data")
+        raise UsageError(f"--resume: not the model of this run: {why}, or start a new run") from None
     scaler.load_state_dict(checkpoint["scaler"])
-    version, state, gauss = checkpoint["rng"]["python"]
-    random.setstate((version, tuple(state), gauss))
+    random.setstate(checkpoint["rng"]["python"])
     torch.set_rng_state(checkpoint["rng"]["torch"])
     if torch.cuda.is_available() and len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
     return checkpoint["step"]
-
-
-def _difference(checkpoint, model, classes):
-    then, now = ({name: tuple(value.shape) for name, value in state.items()}
-                 for state in (checkpoint["model"], model.state_dict()))
-    name, saved = next((n for n in then | now if then.get(n) != now.get(n)), None), checkpoint["classes"]
-    if name is None:
-        return "it had another optimiser, or other parts; leave out the flags that it did not have"
-    was, now = then.get(name, "not there"), now.get(name, "not there")
-    if (*was[:1], *now[:1]) == (len(saved), len(classes)) and len(saved) != len(classes):
-        return (f"the data had {len(saved)} classes and has {len(classes)}, which differ in "
-                f"{', '.join(sorted({*classes} ^ {*saved}))[:200]}; restore the data, or start a new run")
-    return f"{name} was {was} and is {now}; leave out the flags that it did not have"
 
 
 class Saver:

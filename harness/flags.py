@@ -179,16 +179,9 @@ def fill_flags(args, recipe):
 
 
 def check_batch(args, source):
-    """raises  UsageError for a batch larger than the training images, or that processes cannot share equally."""
-    train = source.splits["train"]
-    images = sum(train.counts) if train else 0
-    if images < args.batch_size:
-        raise UsageError(f"--batch-size {args.batch_size}: more than the {images} training images; "
-                         f"take at most {images}")
+    """pictures.check_batch() before any picture is read."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if args.batch_size % world:
-        raise UsageError(f"--batch-size {args.batch_size}: of all processes together; it must be a multiple of their "
-                         f"number, {world}: take {args.batch_size // world * world or world}")
+    pictures.check_batch(args.batch_size, sum(source.splits["train"].counts), world)
 
 
 def check_stop(percent, chance):
@@ -206,12 +199,10 @@ def holdout(args):
 
 def changed_images(saved, source, splits):
     """In words, which splits have not the images any more that they had in the run whose flags are `saved`; or ""."""
-    words = []
-    for split in splits:
-        before, now = (contents.get(split, [0]) for contents in (saved.get("contents", {}), source.contents))
-        if "contents" in saved and before != now:
-            words.append(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now")
-    return ", ".join(words)
+    pairs = {split: (saved["contents"].get(split, [0]), source.contents.get(split, [0])) for split in splits
+             if "contents" in saved}
+    return ", ".join(f"{split}: {before[0]:,} then, {now[0]:,}{' others' * (before[0] == now[0])} now"
+                     for split, (before, now) in pairs.items() if before != now)
 
 
 def note_changes(source, data, saved, splits):

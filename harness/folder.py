@@ -1,5 +1,6 @@
 """The folder of a run: args.json, metrics.jsonl, log.txt, and checkpoints, written by one program at a time."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 from common import UsageError
-from harness.checkpoint import write_atomically
+from harness.checkpoint import save
 from harness.distributed import same
 
 try:
@@ -20,15 +21,9 @@ except ImportError:  # Windows
 def read_metrics(folder):
     """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
-    try:
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
             rows.append(json.loads(line))
-        except ValueError:
-            break
     return rows
 
 
@@ -69,9 +64,9 @@ class Folder:
             self._lock()
             # Epochs after the checkpoint are run again: their lines must not stand there twice.
             rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.resumes else []
-            write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+            save(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
             flags = {"method": args.method, **vars(args), "out": str(self.path)}
-            write_atomically(self.path / "args.json", json.dumps(flags, indent=1).encode())
+            save(self.path / "args.json", json.dumps(flags, indent=1).encode())
         except OSError as error:
             raise UsageError(f"--out {self.path}: {error.strerror or error}") from None
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import operator
 import os
 import re
 import sys
@@ -88,13 +89,6 @@ class Parser(argparse.ArgumentParser):
         other = next(here, "") or "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
         return f"; did you mean {other}?" if "--" in other else f"; {other or '--help lists them'}"
 
-    def _check_value(self, action, value):  # argparse's names no nearest
-        if action.choices is not None and value not in action.choices:
-            choices = [str(choice) for choice in action.choices]
-            near = difflib.get_close_matches(str(value).lower(), choices, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise argparse.ArgumentError(action, f"no such value: {value!r}{hint} (choose from {', '.join(choices)})")
-
 
 class Rate(argparse.Action):
     """--lr or --step-lr: the one that is given replaces whichever a resumed run has saved."""
@@ -109,21 +103,19 @@ def number(kind, low=None, high=None, above=None):
 
     A whole number, be it a count or a seed, must fit int64; another float32, with room for a product or a quotient.
     """
-    limits = (("at least", low), ("above", above), ("at most", high))
-    bounds = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
+    limits = [limit for limit in ((operator.ge, "at least", low), (operator.gt, "above", above),
+                                  (operator.le, "at most", high)) if limit[-1] is not None]
+    bounds = " and ".join(f"{words} {limit}" for _, words, limit in limits)
+    smallest, largest = (1, 2**63 - 1) if kind is int else (1e-30, 1e30)
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {word}") from None
-        smallest, largest = (1, 2**63 - 1) if kind is int else (1e-30, 1e30)
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a {'whole ' * (kind is int)}number") from None
         if value and not smallest <= abs(value) <= largest:  # nor is nan
-            allowed = f"at most {largest}" if kind is int else f"from {smallest:g} to {largest:g}"
-            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range, {allowed}")
-        if (low is not None and value < low) or (above is not None and value <= above) or (
-                high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range, at most {largest}, at least {smallest}")
+        if not all(holds(value, limit) for holds, _, limit in limits):
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return value
 
@@ -132,16 +124,9 @@ def number(kind, low=None, high=None, above=None):
 
 def path(text):
     """An argparse type: a file or folder that is there or could be; ~ stands for the home folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
     text = os.path.expanduser(text)
-    try:
-        os.stat(text)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):  # others say it with more words
-        pass
-    except (OSError, ValueError) as error:  # too long; a null character
-        short = text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
-        raise argparse.ArgumentTypeError(f"{short}: {getattr(error, 'strerror', error)}") from None
+    if not text or "\0" in text or len(text) > 4000 or max(map(len, os.fsencode(text).split(b"/"))) > 255:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no path: empty or too long")
     return text
 
 

@@ -50,36 +50,25 @@ def load_weights(path):
         raise UsageError(f"{file}: conv1.weight is {kernel or 'missing'}; ResNet-18 has (64, 3, 7, 7), for small "
                          "pictures (64, 3, 3, 3)")
     net = ResNet18(stem=stem, width=kernel[0])
-    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    faults = [f"{name} is missing" for name in shapes
-              if name not in found and not name.endswith("num_batches_tracked")]  # old files have none
-    faults += [f"{name} is {tuple(tensor.shape)}, not {shapes[name]}" if name in shapes else f"{name} is one too many"
-               for name, tensor in found.items() if tuple(tensor.shape) != shapes.get(name)]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise UsageError(f"{file}: no ResNet-18 of width {kernel[0]}: {faults[0]}{more}")
-    net.load_state_dict(found)
+    try:
+        net.load_state_dict(found)  # counters of BatchNorm, which old files lack, may be missing
+    except RuntimeError as error:
+        fault = textwrap.shorten(str(error).partition("\n")[2], 200, placeholder=" ...")
+        raise UsageError(f"{file}: no ResNet-18 of width {kernel[0]}: {fault}") from None
     note = f"{file}: ResNet-18, stem {stem}, width {kernel[0]}" + (f", from {prefix}*" if prefix else "")
-    note += f"; left out: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}" if left else ""
+    note += f"; left out: {', '.join(left[:3] + ['...'] * (len(left) > 3))}" if left else ""
     return {"backbone": net.state_dict(), "stem": stem, "width": kernel[0],
             "note": textwrap.fill(printable(f"weights {note}"), 79, subsequent_indent=" " * 8, break_long_words=False,
                                   break_on_hyphens=False)}
 
 
 def _under_our_names(tensors, prefix, numbered):
-    """{name in ResNet18: tensor} of what stands behind prefix, and the first words of the other names."""
-    numbers = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
-    numbers = sorted(filter(str.isdigit, numbers), key=int)  # of the children that have weights
+    """{name in ResNet18: tensor} of what stands behind prefix, and the other names."""
+    split = {name: name.removeprefix(prefix).partition(".")[::2] for name in tensors if name.startswith(prefix)}
+    numbers = sorted({part for part, _ in split.values() if part.isdecimal()}, key=int)  # of children with weights
     part_of = dict(zip(numbers if numbered else PARTS, PARTS, strict=False))
-    found, left = {}, {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and part in part_of:
-            found[f"{part_of[part]}.{rest}"] = tensor
-        else:  # up to the first word that is not the prefix's
-            words = name.split(".")
-            left[".".join(words[: len(os.path.commonprefix([words, prefix.split(".")])) + 1])] = True
-    return found, list(left)
+    ours = {name: f"{part_of[part]}.{rest}" for name, (part, rest) in split.items() if part in part_of}
+    return {ours[name]: tensors[name] for name in ours}, [name for name in tensors if name not in ours]
 
 
 def initialised(backbone, args):
@@ -123,16 +112,13 @@ def load_backbone(saved, device="cpu", program=None):
     program  a file whose build_model(args) builds the model; needed where the backbone is no ResNet18.
     raises   UsageError where the weights do not fit.
     """
-    if program is None:
-        backbone = ResNet18(stem=saved["stem"], width=saved["width"])
-    else:
-        backbone = build_model(saved, program).backbone
+    backbone = build_model(saved, program).backbone if program else ResNet18(stem=saved["stem"], width=saved["width"])
     try:
         backbone.load_state_dict(saved["backbone"])
     except RuntimeError:
-        raise UsageError(f"the backbone of this {saved['method']} run is not the one that {program} builds" if program
-                         else f"the backbone of this {saved['method']} run is no ResNet18; name the program that "
-                              "trained it: --program FILE.py") from None
+        is_not = (f"not the one that {program} builds" if program else
+                  "no ResNet18; name the program that trained it: --program FILE.py")
+        raise UsageError(f"the backbone of this {saved['method']} run is {is_not}") from None
     return backbone.to(device, memory_format=torch.channels_last).eval()
 
 

@@ -16,15 +16,14 @@ Unreadable  pictures, of whatever kind, stop the program before training: one li
 Label       the position of the class in `classes`; -1 = unlabelled.
 """
 
-from pictures.batches import Batches, Split, labelled
+from pictures.batches import Batches, Split, check_batch, labelled
 from pictures.decoding import decode, one_line
 from pictures.folders import Folder, foreign_pictures, no_images
-from pictures.sources import FOOD11, NAMED_DATA, STATISTICS, Items, Source, lines_of, open_source
-from pictures.store import Dataset, pack, usable_cores
+from pictures.sources import FOOD11, NAMED_DATA, STATISTICS, Items, lines_of, open_source
+from pictures.store import decode_all, pack
 from pictures.toy import TOY_COUNT
 
 __all__ = [
-    "Batches", "Dataset", "FOOD11", "Folder", "Items", "NAMED_DATA", "STATISTICS", "Source", "Split", "TOY_COUNT",
-    "decode", "foreign_pictures", "labelled", "lines_of", "no_images", "one_line", "open_source", "pack",
-    "usable_cores",
+    "Batches", "FOOD11", "Folder", "Items", "NAMED_DATA", "STATISTICS", "Split", "TOY_COUNT", "check_batch", "decode",
+    "decode_all", "foreign_pictures", "labelled", "lines_of", "no_images", "one_line", "open_source", "pack",
 ]

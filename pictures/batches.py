@@ -1,5 +1,6 @@
 """One packed split and batches of it on any device, in an order that (seed, epoch) alone decides."""
 
+import contextlib
 import hashlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,15 @@ def labelled(split):
                  held=split.held)  # what is on the device already serves both
 
 
+def check_batch(size, images, world=1):
+    """raises  UsageError for a batch larger than all images to train on, or that processes cannot share equally."""
+    if size > images:
+        raise UsageError(f"--batch-size {size}: more than the {images} images to train on; take at most {images}")
+    if size % world:
+        raise UsageError(f"--batch-size {size}: of all processes together; it must be a multiple of their number, "
+                         f"{world}: take {size // world * world or world}")
+
+
 class Batches:
     """Batches of a split, on a device.
 
@@ -41,36 +51,37 @@ class Batches:
     batch_size  images of one step, over all ranks.
     shuffle     a new order every epoch, a function of (seed, epoch) alone: nothing to save for a resume.
     drop_last   leave out the last, short batch. For training only; an evaluation counts every image.
+    passes      over the split in an epoch, each in an order of its own.
     rank, world this process yields part `rank` of `world` of every batch (of a short one perhaps nothing).
     raises      UsageError if there is not one whole batch, or if it cannot be shared equally.
     """
 
-    def __init__(self, split, batch_size, device="cpu", seed=0, shuffle=True, drop_last=True, rank=0, world=1):
-        if batch_size < 1:
-            raise UsageError(f"--batch-size {batch_size}: must be at least 1")
-        if drop_last and batch_size > len(split):
-            raise UsageError(f"--batch-size {batch_size}: there are only {len(split)} images, not one step "
-                             f"an epoch; choose at most {len(split)}")
-        if drop_last and batch_size % world:
-            raise UsageError(f"--batch-size {batch_size}: must be a multiple of the {world} processes")
+    def __init__(self, split, batch_size, device="cpu", seed=0, shuffle=True, drop_last=True, rank=0, world=1,
+                 passes=1):
+        if drop_last:
+            check_batch(batch_size, len(split), world)
         self.split, self.batch_size, self.device = split, batch_size, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # a thread has its own current device
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed, self.shuffle, self.drop_last, self.rank, self.world = seed, shuffle, drop_last, rank, world
+        self.passes = passes
         self.prefetch = None  # True or False overrides the choice of `batches`
 
     def __len__(self):
         """Steps per epoch."""
-        return (len(self.split) + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
+        return (self.passes * len(self.split) + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
 
     def order(self, epoch):
-        """(N,) int64: the rows in the order of this epoch."""
+        """(passes * N,) int64: the rows in the order of this epoch."""
         if not self.shuffle:
-            return torch.arange(len(self.split))
-        # The seed of (seed, epoch) is hashed, or epoch 1 of seed 0 would be epoch 0 of seed 1.
-        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randperm(len(self.split), generator=generator)
+            return torch.arange(len(self.split)).repeat(self.passes)
+        orders, generator = [], torch.Generator()
+        for number in range(self.passes * epoch, self.passes * (epoch + 1)):
+            # The seed of (seed, number) is hashed, or pass 1 of seed 0 would be pass 0 of seed 1.
+            digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
+            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            orders.append(torch.randperm(len(self.split), generator=generator))
+        return torch.cat(orders)
 
     def batches(self, epoch, start=0):
         """Yields from step `start` of the epoch on:
@@ -89,11 +100,9 @@ class Batches:
         else:
             images = self.split.held.get(self.device, self.split.images)
             pixels = (images.index_select(0, index) for index in rows_there)
-        try:
+        with contextlib.closing(pixels):  # ends the thread when the consumer stops early
             for index, there, x in zip(rows, rows_there, pixels, strict=True):
                 yield x, self.split.aspect[index], labels[there], index
-        finally:
-            pixels.close()  # ends the thread when the consumer stops early
 
     def hold(self):
         """Puts the images on the device if they fit comfortably; says whether they are there."""

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 import stat
 import threading
 
@@ -87,34 +86,21 @@ def to_grey8(image):
     """Deep grey -> 8 bits, scaled. (`convert("L")` alone clips: all above 255 turns white.)
 
     16-bit integers are divided by 257, floats from 0 to 1 multiplied by 255; what lies outside such a
-    range (32-bit scans, heights) is stretched from its own minimum to its maximum. Where the file states
-    fewer bits, 12 say, and all is within them, 4095 is white.
+    range (32-bit scans, heights) is stretched from its own minimum to its maximum. In a TIFF of 12 bits 4095
+    is white.
     """
     image.info.pop("transparency", None)
-    bits = significant_bits(image) if image.mode.startswith("I") else 0
-    low, high = 0, 65535 if bits else 1
+    bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+    low, high = 0, (2**bits - 1 if 8 <= bits < 16 else 65535) if image.mode.startswith("I") else 1
     image = image.convert("F")
     darkest, brightest = image.getextrema()
     if not math.isfinite(brightest - darkest):
         raise ValueError("infinite or undefined brightness")
-    if 8 <= bits < 16 and brightest < 2**bits:
-        high = 2**bits - 1
     if darkest < low or brightest > high:
         low, high = darkest, brightest
     scale = 255 / max(high - low, 1e-12)
     image = image.point(lambda v: v * scale + (0.5 - low * scale))  # + 0.5: `convert` cuts off
     return image.convert("L")
-
-
-def significant_bits(image):
-    """How many of a deep grey picture's bits its file says to have a meaning: PNG's sBIT, TIFF's BitsPerSample."""
-    if image.format == "TIFF":
-        return image.tag_v2.get(258, (16,))[0]
-    if image.format != "PNG":
-        return 16
-    with open(image.filename, "rb") as file:  # Pillow skips this chunk, which comes before the pixels
-        stated = re.search(rb"\0\0\0\x01sBIT(.)", file.read(2**16).partition(b"IDAT")[0], re.DOTALL)
-    return stated[1][0] if stated else 16
 
 
 def one_line(error, path=""):

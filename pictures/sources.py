@@ -83,8 +83,6 @@ def open_source(data, root=None, download=False, holdout=0.1):
               has none: of each class the first by a hash of their names, at least one if it has two. 0: none.
     returns   Source.  raises: UsageError, one line, for anything that cannot be understood.
     """
-    if not 0 <= holdout < 1:
-        raise UsageError(f"--holdout {holdout}: must be at least 0 and below 1")
     data, root = os.path.expanduser(str(data)), os.path.abspath(os.path.expanduser(str(root or "./data")))
     if data == "toy":
         return open_toy()

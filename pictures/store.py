@@ -35,7 +35,6 @@ class Dataset:
     mean: tuple
     std: tuple
     size: int
-    name: str
     kind: str
 
 
@@ -48,8 +47,6 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
     workers          threads that decode, default one per core that this process may use.
     returns          Dataset.  raises: UsageError, of files that cannot be read or a cache that cannot be written.
     """
-    if size < 1:
-        raise UsageError(f"--image-size {size}: must be at least 1")
     try:
         default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "unlabeled")
         cache = Path(cache or default).expanduser().absolute()
@@ -69,7 +66,7 @@ def pack(source, size, cache=None, splits=("train", "val"), quiet=False, skip_un
         if not quiet and part is not None and nearly_black(part.images[:: max(1, len(part) // 100)]):
             print(f"note    most {split} pictures are nearly black, at most 16 of 255; if they are deep ones "
                   "that fill few of\n        their bits, scale them first", flush=True)
-    return Dataset(*packed.values(), source.classes, source.mean, source.std, size, source.name, source.kind)
+    return Dataset(*packed.values(), source.classes, source.mean, source.std, size, source.kind)
 
 
 def nearly_black(images):
@@ -161,13 +158,10 @@ def write_store(folder, items, size, label, quiet, workers):
     images, aspect, bad = create_images(folder, len(names), size), torch.ones(len(names)), {}
     steps = fill(images, chunks) if items.load else decode_all(names, images, aspect, bad, workers)
     progress, done = Progress(len(names), label=label, unit="images", quiet=quiet), 0
-    try:
+    with contextlib.closing(progress), contextlib.closing(steps):
         for count in steps:
             done += count
             progress.update(done)
-    finally:
-        steps.close()
-        progress.close()
     kept = [i for i in range(len(names)) if i not in bad]
     for new, old in enumerate(kept if bad else ()):  # close the gaps
         images[new] = images[old]
@@ -214,7 +208,7 @@ def fill(images, chunks):
         yield len(chunk)
 
 
-def decode_all(files, images, aspect, bad, workers):
+def decode_all(files, images, aspect, bad, workers=None):
     """Decodes in threads, as Pillow works without holding Python's lock; yields how many at a time.
 
     bad  row -> what Split.skipped says of it, filled in.
@@ -228,17 +222,14 @@ def decode_all(files, images, aspect, bad, workers):
                 bad[i] = (files[i], one_line(error, files[i]), refused)
         return len(rows)
 
-    pool = ThreadPoolExecutor(workers or usable_cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ThreadPoolExecutor(workers or cores)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         try:
             yield from pool.map(decode_rows, [range(a, min(a + 16, len(files))) for a in range(0, len(files), 16)])
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report_unreadable(packed, source, listing, skipping, quiet):

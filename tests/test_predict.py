@@ -356,12 +356,6 @@ def test_neighbours_need_no_labels(ask, tmp_path, capsys):
 def wrong_uses(tmp_path):
     """name -> (flags, what the line must name)"""
     write_checkpoint(tmp_path / "good/linear.pt")
-    write_checkpoint(tmp_path / "wide.pt", classes=["one", "two"], classifier={"weight": torch.zeros(3, 8),
-                                                                              "bias": torch.zeros(3)})
-    write_checkpoint(tmp_path / "layer.pt", layer="layer2", classifier={"weight": torch.zeros(3, 16),
-                                                                        "bias": torch.zeros(3)})
-    state = write_checkpoint(tmp_path / "killed/last.pt")
-    torch.save({name: value for name, value in state.items() if name != "classifier"}, tmp_path / "killed/last.pt")
     write_checkpoint(tmp_path / "infinite.pt", classifier={"weight": torch.full((3, 8), torch.inf),
                                                            "bias": torch.zeros(3)})
     draw(tmp_path / "loose/0.png", 0)
@@ -373,9 +367,6 @@ def wrong_uses(tmp_path):
         "no checkpoint": (["loose"], ["--checkpoint"]),
         "checkpoint missing": (["--checkpoint", "nowhere", "loose"], ["nowhere"]),
         "no images in folder": (["--checkpoint", "good", "empty"], ["empty", "no images"]),
-        "class count": (["--checkpoint", "wide.pt", "loose"], ["wide.pt", "2 classes", "(3, 8)"]),
-        "feature count": (["--checkpoint", "layer.pt", "loose"], ["layer.pt", "8 features", "(3, 16)"]),
-        "no classifier": (["--checkpoint", "killed", "loose"], ["linear.pt"]),
         "not finite": (["--checkpoint", "infinite.pt", "loose"], ["infinite.pt", "--amp off"]),
         "no labels": (["--checkpoint", "unlabelled", "loose"], ["--data", "no labelled"]),
         "data gone": (["--checkpoint", "moved", "loose"], ["moved-away"]),

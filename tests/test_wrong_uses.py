@@ -191,7 +191,7 @@ CASES = [
     ("simsiam", "--resume simsiam --width 8", "--width 4"),
     ("simsiam", "--resume simsiam --batch-size 8", "--batch-size 4"),
     ("simsiam", "--resume simsiam --out elsewhere", "--out simsiam"),
-    ("simsiam", "--resume simsiam --dim 16 --max-steps 2", "--resume projector.6.weight (8, (16,"),
+    ("simsiam", "--resume simsiam --dim 16 --max-steps 2", "--resume projector.6.weight [8, [16,"),
     ("simsiam", "--seed 5 --resume", "--resume simsiam"),
     # kNN
     ("knn", "", "--checkpoint"),
@@ -223,7 +223,6 @@ CASES = [
     ("linear", "--checkpoint simsiam --stop-at-accuracy 50", "--stop-at-accuracy 50 more"),
     ("linear", "--checkpoint simsiam --focal-gamma=-1", "--focal-gamma"),
     ("linear", "--checkpoint simsiam --batch-size 7", "--batch-size 7 6"),
-    ("linear", "--checkpoint simsiam --confusion nowhere/c.png", "--confusion nowhere/c.png"),
     ("linear", "--checkpoint simsiam --data one", "one class"),
     ("linear", "--checkpoint simsiam --data loose", "loose labelled"),
     ("linear", "--checkpoint simsiam --data noval", "noval val"),
