@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, is talkative
 
+import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import PIL  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
