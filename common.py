@@ -313,19 +313,18 @@ def pick_device(name="auto"):
     return device
 
 
-def pick_precision(name, device):
-    """"auto" takes bf16 where the hardware multiplies it, else fp16 on CUDA, else float32.
+def pick_precision(name, device, width=64):
+    """"auto" takes bf16 where the hardware multiplies it, else fp16 on CUDA, else float32; a CPU is asked by trying.
 
+    width    of the network, which the trial on a CPU has too.
     returns  (autocast, scaler): autocast() is a context for the forward pass; the GradScaler
              passes losses through unchanged unless the precision is fp16.
     """
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif device.type == "cpu" and _cpu_multiplies_bf16():
-            name = "bf16"
         else:
-            name = "off"
+            name = faster_precision(bf16_gain(width)) if device.type == "cpu" else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
     if name == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a GPU; on a CPU use bf16 or off")
@@ -333,10 +332,34 @@ def pick_precision(name, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
 
-def _cpu_multiplies_bf16():
-    # Without AMX tiles bf16 convolutions are slower than float32 (measured with avx512_bf16 alone: 0.8 times).
-    # torch 2.8 has no public question.
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+def faster_precision(gain):
+    """For what bf16_gain() says. float32 is the more exact: bf16 must be worth it."""
+    return "bf16" if gain > 1.1 else "off"
+
+
+def bf16_gain(width=64, within=0.2):
+    """How many times as fast as float32 this CPU trains a convolution in bf16, which most CPUs only emulate.
+
+    width    its channels, as in layer1; the batch shrinks as they grow.
+    within   seconds for the turns beyond the second; the fastest of each precision counts.
+    """
+    width, best = max(8, width), {}  # of fewer channels see ResNet18
+    with torch.random.fork_rng(devices=[]):  # the weights of the run are drawn later, whatever is measured
+        block = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    block.to(memory_format=torch.channels_last)
+    x = torch.ones(max(2, min(64, 2**14 // width**2)), width, 16, 16).to(memory_format=torch.channels_last)
+    x.requires_grad_()  # as behind another block
+    began, turn = time.perf_counter(), 0
+    while turn < 2 or time.perf_counter() < began + within:
+        for bf16 in (False, True):
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                y = block(x)
+            y.sum().backward()
+            taken = time.perf_counter() - start
+            best[bf16] = min(taken, best.get(bf16, taken))
+        turn += 1
+    return best[False] / best[True]
 
 
 # ------------------------------------------------------------------------------------------------

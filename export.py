@@ -8,6 +8,7 @@ how the network is shaped and fed. The classifier of a linear.py run goes along
 if it reads layer4, as torchvision's does. Prints the lines that load the file.
 """
 
+import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
 import json
 from pathlib import Path
 

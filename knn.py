@@ -13,6 +13,7 @@ Features    the backbone's pooled output in eval mode (never the projector, unle
             shows what lies near what; there is no accuracy.)
 """
 
+import harness.threads  # isort: skip  # noqa: F401  # before torch: how threads wait, where memory comes from
 import time
 import warnings
 

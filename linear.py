@@ -43,6 +43,7 @@ Health      The loss starts near log(classes), val_loss with it; val_loss that r
             0.0025) that falls to 34.5 %, while a --probe of SimCLR's run has 96.9 % (one seed, validation images).
 """
 
+import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
 import functools
 import io
 import json

@@ -52,6 +52,7 @@ Health      The loss starts low (the queue is noise), climbs towards log(1 + K) 
             --momentum-encoder 0   33.3 %, loss stuck at chance, log(257) = 5.549: the keys disagree.
 """
 
+import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
 import copy
 import functools
 import math

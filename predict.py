@@ -10,6 +10,7 @@ pass through the code that evaluates: answers about the files of a split have th
 accuracy that was printed for it. Exit code 1: some files could not be read.
 """
 
+import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
 import argparse
 import contextlib
 import csv

@@ -57,6 +57,7 @@ Health      The loss starts near chance, log(2N - 1), and falls; how far depends
             --no-projector       kNN 92.8 %: the loss now falls on the features themselves.
 """
 
+import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
 import functools
 import math
 

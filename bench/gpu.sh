@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under 25 minutes, for so is the sum of the limits:
+# Everything that wants a GPU, in under 25 minutes, for so is the sum of the limits; or its first three, whose last
+# lines are worth an issue from the owner of any GPU:
 #     bash bench/gpu.sh OUT [DATA_ROOT]
+#     bash bench/gpu.sh OUT --short
 #
 # OUT        a new folder for logs and figures; a line of each measurement goes to OUT/summary.txt too.
 # DATA_ROOT  holds cifar-10-batches-py; without it the parts that need CIFAR-10 are left out.
-# To try it on a CPU with tiny settings: TINY=1 bash bench/gpu.sh OUT [DATA_ROOT]
+# To try it on a CPU with tiny settings: TINY=1 bash bench/gpu.sh OUT ...
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?the folder for the figures}") root=${2:-}
+out=$(realpath -m "${1:?the folder for the figures}") root=${2:-} short=""
+if [ "$root" = --short ]; then short=yes root=""; fi
 python=${PYTHON:-python}
 if [ -e "$out/summary.txt" ]; then echo "$out: holds measurements already; name a new folder" >&2; exit 2; fi
 mkdir -p "$out"
@@ -31,22 +34,28 @@ try() {  # try NAME SECONDS COMMAND...: its output to OUT/NAME.log; a failure is
 }
 show() { sed 's/^/    /' "$out/$1.log" | tail -n "$2" | tee -a "$out/summary.txt"; }
 
-say "$($python -c "import torch
-print('torch', torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')")"
+say "$($python -c "import platform, torch, torchvision
+print('torch', torch.__version__, 'torchvision', torchvision.__version__, 'Python', platform.python_version())
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU', 'CUDA', torch.version.cuda)")"
 say "commit $(git rev-parse --short HEAD 2> /dev/null)"
+
+# The first three minutes: images per second of each method, the share of a step outside the network, peak memory.
+try step-32 90 $python bench/run.py --quick --only training $at32 --steps $steps --json "$out/step-32.json"
+show step-32 9
+try step-128 90 $python bench/run.py --quick --only training $at128 --steps $steps --json "$out/step-128.json"
+show step-128 9
+if [ -n "$short" ]; then say "all: $SECONDS s"; echo "For an issue: $out/summary.txt"; exit; fi
 
 # Does all run there?
 try tests 120 $python -m pytest -q -x $tests tests/test_augment.py tests/test_steady.py tests/test_resume.py
 show tests 1
 
-# Images per second of each method, what a step goes to, and peak memory, at both sizes; then compiled.
-try step-32 90 $python bench/run.py --quick --only training $at32 --steps $steps --json "$out/step-32.json"
-show step-32 9
-try step-128 90 $python bench/run.py --quick --only training $at128 --steps $steps --json "$out/step-128.json"
-show step-128 9
+# Compiled; then whole steps against bare ones, and the parts.
 try compiled-32 240 $python bench/run.py --quick --only training $at32 --steps $steps --compile \
     --json "$out/compiled-32.json"
 show compiled-32 9
+try whole-32 60 $python bench/run.py --quick --only whole $at32 --steps $steps --json "$out/whole-32.json"
+show whole-32 8
 try parts 90 $python bench/run.py $quick --only losses knn optimizer --json "$out/parts.json"
 show parts 20
 
@@ -58,8 +67,9 @@ if [ -n "$root" ]; then
             try $name 40 $start $method.py --data cifar10 --data-root "$root" --epochs 2 --knn-every 2 \
                 --out "$out/$name" $cifar
             say "$name: $($python - "$out/$name" <<'PYTHON'
-import sys, common
-row = common.read_metrics(sys.argv[1])[-1]
+import sys
+from harness.folder import read_metrics
+row = read_metrics(sys.argv[1])[-1]
 print(f"{45_000 / row['images_per_second']:.2f} s per epoch of 45,000 images, {row['knn_seconds']:.2f} s per evaluation")
 PYTHON
 )"

@@ -7,6 +7,11 @@
     optimizer  a step of SGD and of LARS, and MoCo's moving average, for ResNet-18
     training   images per second of each method's own program, against forward and backward of the network alone, and
                what the rest of a step is spent on
+    whole      whole steps of each method's own program, each followed by a bare one on its batch: forward, backward,
+               optimiser
+    beside     images per second of simsiam.py on a CPU beside busy programs, as many as cores, against the same
+               without what harness/threads.py sets
+    host       dispatched operations, those on the device + those on the host, of a view and of a step; nothing is timed
 
 The sides of a comparison take turns, so that a slow moment of the machine hits both. "times as fast" is the median of
 the turns' ratios, peer's time / ours, with the least and the greatest in brackets. torchvision and Pillow are always
@@ -15,28 +20,36 @@ CPU, the rest on --device.
 """
 
 import argparse
+import collections
+import contextlib
 import functools
 import importlib
+import inspect
 import json
 import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, is talkative
 
+import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import PIL  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchvision  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torchvision import transforms as T  # noqa: E402
 from torchvision.io import write_jpeg  # noqa: E402
 
@@ -49,10 +62,12 @@ import pictures  # noqa: E402
 import rotnet  # noqa: E402
 import simclr  # noqa: E402
 import simsiam  # noqa: E402
+from harness.folder import read_metrics  # noqa: E402
 from harness.parser import Parser, number  # noqa: E402
 from harness.run import Run  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+METHODS = {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -127,6 +142,15 @@ class Report:
             print(f"{what:<31}{mine:>12}  {f'{peer} {theirs}':<18}{ratio:>16}", flush=True)
             self.rows.append({"section": section, "what": what, "peer": peer, "unit": unit, "work": work,
                               "ours_seconds": ours, "peer_seconds": others, **figures})
+
+    def operations(self, what, view, step):
+        """view, step: {part: [operations on the device, on the host]}."""
+        for name, counts in (("view", view), ("step", step)):
+            device, host = (sum(both) for both in zip(*counts.values(), strict=True))
+            print(f"{what}, {name}: {device} + {host} operations", flush=True)
+            words = ", ".join(f"{part} {a} + {b}" for part, (a, b) in counts.items())
+            print(textwrap.fill(words, 79, initial_indent="    ", subsequent_indent="    "), flush=True)
+            self.rows.append({"section": "host", "what": f"{what}, {name}", "operations": dict(counts)})
 
     def note(self, text):
         print(f"    {text}", flush=True)
@@ -211,7 +235,7 @@ def decoded_whole(folder, size):
 
 
 def measure_packing(report, rounds, device):
-    count = 300 if rounds < 5 else 1000
+    count = 100 if rounds < 5 else 1000
     for name, finest in (("smooth", 64), ("detailed", 256)):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
@@ -232,8 +256,10 @@ def forward_backward(loss, *inputs):
 
 
 def measure_losses(report, rounds, device):
-    lightly = optional("lightly.loss")
-    for n in (256, 1024, 4096):
+    lightly, sizes = optional("lightly.loss"), (256, 1024, 4096)
+    if device.type == "cpu" and rounds < 5:
+        sizes = (256, 1024)
+    for n in sizes:
         z1, z2 = torch.randn(2, n, 128, device=device)
         sides = {"ours": forward_backward(lambda a, b: simclr.nt_xent(a, b, 0.5), z1, z2)}
         if lightly:
@@ -247,7 +273,7 @@ def measure_losses(report, rounds, device):
         peak = peak_megabytes(sides["ours"], device)
         report.row("losses", f"NT-Xent N {n}, {peak:,.0f} MB", times, peak_megabytes=peak)
     queue = F.normalize(torch.randn(65536, 128, device=device), dim=1)
-    for n in (256, 1024, 4096) if device.type == "cuda" else (256, 1024):
+    for n in sizes if device.type == "cuda" else sizes[:-1]:
         q, k = F.normalize(torch.randn(2, n, 128, device=device), dim=2)
         sides = {"ours": forward_backward(lambda a, k=k: moco.info_nce(a, k, queue, 0.2), q),
                  "product": forward_backward(lambda a: (a @ queue.T).sum(), q)}
@@ -257,7 +283,8 @@ def measure_losses(report, rounds, device):
 
 
 def measure_knn(report, rounds, device):
-    bank, queries = torch.randn(50_000, 512, device=device), torch.randn(10_000, 512, device=device)
+    asked = 2_000 if rounds < 5 and device.type == "cpu" else 10_000
+    bank, queries = torch.randn(50_000, 512, device=device), torch.randn(asked, 512, device=device)
     labels = torch.randint(0, 10, (50_000,), device=device)
 
     def product():
@@ -277,7 +304,7 @@ def measure_knn(report, rounds, device):
         sides["sklearn"] = lambda: model.predict_proba(queries.numpy())
     times = compare(sides, min(rounds, 5), device)
     peak = peak_megabytes(sides["ours"], device)
-    report.row("knn", f"kNN 10k x 50k x 512, {peak:,.0f} MB", times, peak_megabytes=peak)
+    report.row("knn", f"kNN {asked // 1000}k x 50k x 512, {peak:,.0f} MB", times, peak_megabytes=peak)
 
 
 def measure_optimizers(report, rounds, device):
@@ -310,12 +337,14 @@ def measure_optimizers(report, rounds, device):
 # ------------------------------------------------------------------------------------------------
 
 
-def parts_of_a_step(method, module, args, device, autocast):
+def parts_of_a_step(method, module, args, device, autocast, images=None):
     """What a step of a method is made of, each part alone on data that are there already: {name: function}."""
     model = module.build_model(args).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4,
+                                fused=device.type != "meta")
     n, size = args.batch_size, args.image_size
-    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
+    if images is None:
+        images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
     generator = common.Draws(0)
 
     def view():
@@ -368,15 +397,18 @@ def seconds_of_a_step(module, flags, warm, steps, device):
     return (marks[1] - marks[0]) / steps
 
 
+def training_flags(size, batch, width, stem, steps, device, cache):
+    return ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width, "--stem", stem,
+            "--max-steps", steps, "--knn-every", 0, "--quiet", "--device", device.type, "--cache", cache]
+
+
 def measure_training(report, rounds, device, size=32, batch=64, width=16, stem="cifar", steps=20, compile=False):
-    warm, autocast = 5, common.pick_precision("auto", device)[0]
+    warm, autocast = 5, common.pick_precision("auto", device, width)[0]
     last = warm + steps + 1  # begins when the one before it is done, and takes the end of the run
     pictures.TOY_COUNT["train"] = batch * last  # one epoch: no pause in between
     with tempfile.TemporaryDirectory() as folder:
-        for method, module in {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}.items():
-            flags = ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width, "--stem", stem,
-                     "--max-steps", last, "--knn-every", 0, "--quiet", "--device", device.type,
-                     "--cache", folder, *(["--compile"] if compile else [])]
+        for method, module in METHODS.items():
+            flags = [*training_flags(size, batch, width, stem, last, device, folder), *["--compile"] * compile]
             times, peak = {"ours": []}, None
             for turn in range(min(rounds, 5)):
                 if device.type == "cuda":
@@ -405,8 +437,158 @@ def report_training(report, what, times, batch, peak):
                 + f", rest {1 - sum(shares.values()):.1%}" + (f"; peak {peak:,.0f} MB" if peak else ""))
 
 
+def paired_steps(method, module, flags, warm, device):
+    """Seconds of whole steps of a method's own program, and of bare ones in turn with them: {"ours", "network"}."""
+    times, plain, parts = {"ours": [], "network": []}, Run.steps, {}
+
+    def bare():
+        parts["network"]()
+        parts["optimizer"]()
+
+    def watched(run):
+        batches = plain(run)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            whole = time.perf_counter() - start
+            parts.update(parts or parts_of_a_step(method, module, run.args, run.device, run.autocast, batch[0]))
+            alone = seconds(bare, device)
+            if run.step >= warm:
+                times["ours"].append(whole)
+                times["network"].append(alone)
+
+    Run.steps = watched
+    try:
+        module.main([str(flag) for flag in flags])
+    finally:
+        Run.steps = plain
+    return times
+
+
+def measure_whole(report, rounds, device, size=32, batch=64, width=16, stem="cifar", steps=20):
+    warm = 5
+    pictures.TOY_COUNT["train"] = batch * (warm + steps)
+    with tempfile.TemporaryDirectory() as folder:
+        for method, module in METHODS.items():
+            flags = training_flags(size, batch, width, stem, warm + steps, device, folder)
+            times = paired_steps(method, module, [*flags, "--out", f"{folder}/{method}"], warm, device)
+            report.row("whole", f"{method}, whole step, w {width}", times, batch, "/s")
+            outside = statistics.median(1 - b / a for a, b in zip(times["ours"], times["network"], strict=True))
+            report.note(f"outside of the network {outside:.1%}")
+
+
+# ------------------------------------------------------------------------------------------------
+# beside, host
+# ------------------------------------------------------------------------------------------------
+
+
+# It ends by itself where this program is killed.
+BUSY = "import os, sys; parent = int(sys.argv[1])\nwhile os.getppid() == parent: pass"
+
+
+def rate_of_simsiam(steps, out, cache, **environment):
+    """Images per second of so many steps on the toy set, in a process that has this environment."""
+    names = ("GOMP_", "OMP_WAIT", "MALLOC_", "GLIBC_TUNABLES")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    flags = ["--max-steps", str(steps), "--knn-every", "0", "--device", "cpu", "--amp", "off", "--quiet",
+             "--batch-size", "64", "--cache", cache, "--out", out]
+    try:
+        subprocess.run([sys.executable, str(ROOT / "simsiam.py"), *flags], env={**plain, **environment}, check=True,
+                       timeout=60)
+    except subprocess.TimeoutExpired:  # threads that spin may stand still for long: what it has at the very most
+        return 64 * steps / 60
+    return read_metrics(out)[-1]["images_per_second"]
+
+
+def measure_beside(report, rounds, device):
+    # The second is what libgomp and glibc do by themselves; said by the user, so it stays.
+    sides = {"ours": {}, "without": {"GOMP_SPINCOUNT": "300000", "GLIBC_TUNABLES": "glibc.malloc.perturb=0"}}
+    turns, steps = (1, 4) if rounds < 5 else (5, 8)
+    for others in (os.cpu_count(),) if rounds < 5 else (0, os.cpu_count()):
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) for _ in range(others)]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                times = {name: [] for name in sides}
+                for turn in range(turns):
+                    for name, environment in sides.items():
+                        rate = rate_of_simsiam(steps, f"{folder}/{name}-{turn}", folder, **environment)
+                        times[name].append(1 / rate)
+        finally:
+            for child in busy:
+                child.kill()
+                child.wait()
+        report.row("beside", f"simsiam beside {others} busy loops", times, 1, "/s")
+
+
+class Counted(TorchDispatchMode):
+    """Counts dispatched operations by `part`, on the device "meta" and on the host: {part: [device, host]}."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.counts = "rest", collections.defaultdict(lambda: [0, 0])
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
+        self.counts[self.part][all(x.device.type != "meta" for x in tensors)] += 1
+        return result
+
+    def calls(self, name, function):
+        """function, whose operations count as those of `name`, unless another of these called it."""
+
+        @functools.wraps(function)
+        def named(*args, **kwargs):
+            outer, self.part = self.part, name if self.part == "rest" else self.part
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.part = outer
+
+        return named
+
+
+@contextlib.contextmanager
+def counted():
+    """Counts by the function of augment.py that is at work; what none of them does is the rest."""
+    counts = Counted()
+    named = {name: counts.calls(name, function) for name, function in inspect.getmembers(augment, inspect.isfunction)}
+    with mock.patch.multiple(augment, **named), counts:
+        yield counts.counts
+
+
+autocast_of_torch = torch.autocast
+
+
+@mock.patch.object(torch, "autocast", lambda kind, **rest: autocast_of_torch("cpu", **rest))  # it knows no "meta"
+def measure_host(report, rounds, device, batch=512):
+    meta = torch.device("meta")
+    for size, kind in ((32, "cifar"), (128, "photos")):
+        for method in ("simsiam", "moco", "simclr"):
+            module = METHODS[method]
+            args = module.parse_args(["--image-size", str(size), "--batch-size", str(batch)])
+            harness.fill_flags(args, module.RECIPES[kind])
+            if method == "moco":
+                args.bn_splits = moco.bn_groups(args.bn_splits, batch)
+            images = torch.empty(batch, 3, size, size, dtype=torch.uint8, device=meta)
+            aspect, generator = torch.ones(batch), common.Draws(0)
+            with counted() as view:
+                module.view(images, aspect, generator, args, MEAN, STD)
+            step, parts = {}, parts_of_a_step(method, module, args, meta, contextlib.nullcontext)
+            for name in ("network", "views", "loss"):  # no fused optimizer knows "meta"
+                with counted() as counts:
+                    parts[name]()
+                step[name] = [sum(both) for both in zip(*counts.values(), strict=True)]
+            report.operations(f"{method} {size} px", view, step)
+
+
 SECTIONS = {"views": measure_views, "packing": measure_packing, "losses": measure_losses, "knn": measure_knn,
-            "optimizer": measure_optimizers, "training": measure_training}
+            "optimizer": measure_optimizers, "training": measure_training, "whole": measure_whole,
+            "beside": measure_beside, "host": measure_host}
 
 
 def json_file(text):
@@ -421,18 +603,21 @@ def json_file(text):
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to measure")
-    parser.add_argument("--quick", action="store_true", help="3 turns instead of 11")
+    parser.add_argument("--quick", action="store_true", help="3 turns instead of 11, of less, in four minutes")
     parser.add_argument("--device", default="auto", help="of all but views and packing")
-    parser.add_argument("--size", type=number(int, low=8), default=32, help="of training: pixels a side")
-    parser.add_argument("--batch", type=number(int, low=8), default=64, help="of training: images per step")
-    parser.add_argument("--width", type=number(int, low=1), default=16, help="of training: of the network")
-    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of training")
-    parser.add_argument("--steps", type=number(int, low=1), default=20, help="of training: a turn")
+    parser.add_argument("--size", type=number(int, low=8), default=32, help="of training and whole: pixels a side")
+    parser.add_argument("--batch", type=number(int, low=8), default=None,
+                        help="of both: images per step (default: 64; 32 if --quick)")
+    parser.add_argument("--width", type=number(int, low=1), default=16, help="of both: of the network")
+    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of both")
+    parser.add_argument("--steps", type=number(int, low=1), default=None,
+                        help="of both: a turn (default: 20; 5 if --quick)")
     parser.add_argument("--compile", action="store_true", help="of training: with torch.compile, its time left out")
     parser.add_argument("--json", metavar="FILE", type=json_file, help="also write the seconds of every turn here")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
     rounds = 3 if args.quick else 11
+    args.batch, args.steps = args.batch or (32 if args.quick else 64), args.steps or (5 if args.quick else 20)
     torch.manual_seed(0)
     random.seed(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
@@ -442,9 +627,11 @@ def main(argv=None):
     for section in args.only:
         torch.set_num_threads(1 if section in ("views", "packing") else threads)
         measure = SECTIONS[section]
-        if section == "training":
+        if section in ("training", "whole"):
             measure = functools.partial(measure, size=args.size, batch=args.batch, width=args.width, stem=args.stem,
-                                        steps=args.steps, compile=args.compile)
+                                        steps=args.steps)
+        if section == "training":
+            measure = functools.partial(measure, compile=args.compile)
         measure(report, rounds, device)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": name, "versions": versions, "rows": report.rows}, indent=1))

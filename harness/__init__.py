@@ -22,6 +22,7 @@ Saved and restored are the model, the optimizer and whatever else is handed to b
 between two steps. So what a step changes may be changed anywhere in the loop's body.
 """
 
+from harness import threads  # noqa: F401  # before the others, which import torch
 from harness.checkpoint import load as load_checkpoint
 from harness.command import command
 from harness.distributed import gather_with_gradient, is_main

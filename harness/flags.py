@@ -29,7 +29,7 @@ FIXED = ("data", "image_size", "stem", "width", "batch_size", "knn_split", "init
 # What does not belong to a recipe: where and how a run works, not what it computes.
 PLUMBING = {"method", "kind", "data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
             "views_png", "device", "amp", "compile", "save_every", "keep_every", "skip_unreadable", "knn_every",
-            "contents"}
+            "contents", "bf16_gain"}
 
 
 def training_parser(file, doc, recipes, without=()):
@@ -74,7 +74,8 @@ def _run_flags(add, whole, real):
     """How a run works, whatever it trains."""
     add("--seed", "random seed for weights, data order and views", type=whole(low=0), default=0)
     add("--device", "auto (cuda, mps, cpu), or one of them, or cuda:1", default="auto")
-    add("--amp", "precision of the forward pass", choices=("auto", "bf16", "fp16", "off"), default="auto")
+    add("--amp", "precision of the forward pass; auto on a CPU: the faster one of a short trial",
+        choices=("auto", "bf16", "fp16", "off"), default="auto")
     add("--compile", "torch.compile: a minute or more at first, faster steps after", action="store_true")
     add("--init", "weights that the backbone starts from, then with their stem and width: a run, or a file of a "
         "ResNet-18 with torchvision's names", metavar="FILE", type=absolute_path, default=None)

@@ -50,6 +50,10 @@ def open_run(args, recipes, **derived):
 def set_up(args):
     """-> device, autocast and gradient scaler of the flags; random generators seeded, processes joined."""
     device = distributed.join(common.pick_device(args.device))
+    if args.amp == "auto" and device.type == "cpu":  # what is measured here holds for all processes, and once resumed
+        width = args.width or flags.SHAPES["toy" if args.data == "toy" else "photos"]["width"]
+        args.bf16_gain = distributed.same(common.bf16_gain(width) if distributed.is_main() else None)
+        args.amp = common.faster_precision(args.bf16_gain)
     autocast, scaler = common.pick_precision(args.amp, device)
     common.seed_everything(args.seed)
     return device, autocast, scaler
@@ -220,7 +224,8 @@ def say_recipe(run, chance, lr):
     recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                        if name not in flags.PLUMBING and value not in (None, "val") and value is not False)
     device = f"{distributed.size()} processes, {run.device}" if distributed.size() > 1 else str(run.device)
-    device += "" if args.amp == "auto" else f", {args.amp}"
+    device += "" if args.amp == "auto" else f", {args.amp.replace('off', 'float32')}"
+    device += f" (bf16: {args.bf16_gain:.1f} times as fast)" if getattr(args, "bf16_gain", None) else ""
     facts = {
         "recipe": recipe,
         "lr": f"{lr:g} per step of {args.batch_size} images" + (f" ({args.lr:g} per 256)" if args.lr else ""),

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import pictures
 
@@ -28,6 +30,57 @@ def test_what_a_step_goes_to(tmp_path, monkeypatch, capsys):
     for row in rows:
         assert set(row["shares"]) == {"network", "views", "loss", "optimizer"}
         assert all(len(times) == 3 and min(times) > 0 for times in row["parts"].values())
+
+
+def test_whole_steps_stand_beside_bare_ones_on_their_batches(tmp_path, monkeypatch, capsys):
+    import run
+    for split in ("train", "val", "test"):
+        monkeypatch.setitem(pictures.TOY_COUNT, split, 20)
+    parts, sums = run.parts_of_a_step, []
+
+    def of_batch(*words):
+        sums.append(int(words[-1].sum()))
+        return parts(*words)
+
+    monkeypatch.setattr(run, "parts_of_a_step", of_batch)
+    run.main(["--quick", "--only", "whole", "--width", "4", "--batch", "8", "--steps", "2", "--device", "cpu",
+              "--json", str(tmp_path / "figures.json")])
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["what"].split(",")[0] for row in rows] == ["simsiam", "moco", "simclr", "rotnet"]
+    assert all(len(row[f"{side}_seconds"]) == 2 for row in rows for side in ("ours", "peer")) and min(sums) > 0
+    assert len(sums) == 4 and "outside of the network" in capsys.readouterr().out
+
+
+def test_operations_are_counted_by_function_and_device(tmp_path, monkeypatch, capsys):
+    import run
+
+    def view(images, aspect, generator, args, mean, std):
+        torch.rand(3, generator=torch.Generator()).add_(1)             # two on the host
+        return run.augment.normalize(images, mean, std)
+
+    plain, image = run.augment.normalize, torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="meta")
+    with run.counted() as alone:
+        run.augment.normalize(image, run.MEAN, run.STD)
+    monkeypatch.setattr(run.simsiam, "view", view)
+    run.main(["--only", "host", "--device", "cpu", "--json", str(tmp_path / "figures.json")])
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    first = rows[0]["operations"]
+    assert first == {"rest": [0, 2], "normalize": alone["normalize"]} and first["normalize"][0] > 0
+    assert run.augment.normalize is plain and rows[1]["operations"]["network"][0] > 100
+    assert all(len(line) <= 79 for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_loops_beside_a_training_end_with_their_program():
+    import run
+    code = (f"import os, subprocess, sys; words = [sys.executable, '-c', {run.BUSY!r}, str(os.getpid())]\n"
+            "print(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)")
+    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    os.kill(pid, 9)
+    pytest.fail("it goes on")
 
 
 @pytest.fixture

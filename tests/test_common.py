@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 import common
+from common import bf16_gain  # conftest.py puts another in its place
 
 # ------------------------------------------------------------------------------------------------
 # ResNet18
@@ -141,6 +142,32 @@ def test_precision_and_device_errors():
     autocast, _ = common.pick_precision("off", torch.device("cpu"))
     with autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_a_cpu_takes_the_precision_that_a_trial_finds_faster(monkeypatch):
+    def of_auto():
+        with common.pick_precision("auto", torch.device("cpu"), 24)[0]():
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    for gain, dtype in {0.1: torch.float32, 1.05: torch.float32, 1.2: torch.bfloat16}.items():
+        monkeypatch.setattr(common, "bf16_gain", lambda width, gain=gain: {24: gain}[width])
+        assert of_auto() == dtype
+
+
+def test_the_trial_of_bf16_takes_the_fastest_turn_of_each(monkeypatch):
+    """Against a clock that tells what each precision takes: float32 3 s, bf16 2 s, one turn of it 9 s."""
+    state, now, turns = torch.get_rng_state(), [0.0], []
+    plain = torch.autocast
+
+    def autocast(*args, enabled):
+        turns.append(enabled)
+        now[0] += (9 if len(turns) == 4 else 2) if enabled else 3
+        return plain(*args, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    assert bf16_gain(4, within=18) == pytest.approx(1.5) and turns == [False, True] * 3
+    assert torch.equal(torch.get_rng_state(), state)  # or a run's weights would hang on its --amp
 
 
 def test_clock():

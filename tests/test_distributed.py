@@ -1,5 +1,6 @@
 """Two and three processes on the CPU (Gloo) against one."""
 
+import argparse
 import os
 import shutil
 import socket
@@ -23,6 +24,7 @@ from harness import distributed
 from harness.flags import check_batch
 from harness.folder import read_metrics
 from harness.log import Figures
+from harness.run import set_up
 
 METHODS = {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}
 N = 12  # images of a whole batch
@@ -182,6 +184,14 @@ def check_means():
     assert figures.meters["tau"].mean() == pytest.approx(sum(0.5 + r for r in ranks) / len(ranks))
 
 
+def check_precision():
+    """Process 0 tries what is faster, and all take it."""
+    common.bf16_gain = lambda width: {0: 1.5}[distributed.rank()]
+    args = argparse.Namespace(device="cpu", amp="auto", data="toy", width=None, seed=0)
+    autocast = set_up(args)[1]
+    assert args.amp == "bf16" and autocast().fast_dtype == torch.bfloat16
+
+
 def work(rank, world, port, folder, jobs):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -219,6 +229,7 @@ CHECKS = {
     "shuffling": (check_shuffling, ()),
     "shares": (check_shares, ()),
     "means": (check_means, ()),
+    "precision": (check_precision, ()),
 }
 
 

@@ -22,9 +22,11 @@ from PIL import Image
 from test_resume import state
 
 import augment
+import common
 import harness
 import knn
 import pictures
+import simclr
 from common import ResNet18, TwoCrops, UsageError
 from harness import checkpoint, folder
 from harness.command import Interrupted
@@ -923,3 +925,12 @@ def test_a_fork_in_any_folder_is_a_method_of_its_own(start, zoo, tmp_path, capsy
         importlib.import_module("simsiam").main(["--resume", str(run)])
     err = capsys.readouterr().err
     assert end.value.code == 2 and "a run of mine.py, not of simsiam.py: that one" in err and len(err.splitlines()) == 1
+
+
+def test_amp_auto_is_tried_once_and_a_resumed_run_keeps_it(tmp_path, monkeypatch, capsys):
+    flags = ["--width", "4", "--image-size", "16", "--knn-every", "0", "--device", "cpu", "--cache", str(tmp_path)]
+    for gain, more in ((1.5, ["--out", str(tmp_path / "run")]), (0.5, ["--resume", str(tmp_path / "run")])):
+        monkeypatch.setattr(common, "bf16_gain", lambda width, gain=gain: {4: gain}[width])
+        simclr.main([*flags, "--max-steps", str(int(4 - 2 * gain)), *more])
+        assert "on cpu, bf16 (bf16: 1.5 times as fast)" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "run/args.json").read_text())["amp"] == "bf16"
