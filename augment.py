@@ -7,9 +7,8 @@ Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are new float32 tens
         tensors: to one level, 1/255, which is what two devices may differ by.
 Draws   Made on the host, from an optional generator: common.Draws, or a CPU torch.Generator. So a seed gives the same
         views on every device, and nothing here waits for a GPU. An operation gets its numbers in one line, uniforms().
-Speed   A CPU works on images whose coin said yes, a few at a time, while they are in its cache. Elsewhere each
-        operation is asked for once for all images, for there the asking takes the time: a coin that said no picks
-        parameters that change nothing.
+Speed   A CPU works on images whose coin said yes, a few at a time, while they are in its cache. An accelerator is
+        asked once for all images, for the asking takes the time; a coin that said no picks what changes nothing.
 Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops and jitter are exact to
         about 1e-3, not 1e-5.
 
@@ -52,7 +51,7 @@ def uniforms(generator, n, k=1):
 
 @host
 def coins(generator, n, p):
-    """(n,) bool on the host: for each of n images whether a coin of probability p said yes."""
+    """(n,) bool on the host: for each of n images whether a coin said yes, with probability p."""
     return (uniforms(generator, n) < p).view(n)
 
 
@@ -90,9 +89,9 @@ def send(values, device):
 
 
 @functools.lru_cache(maxsize=64)
-def _constant(values, device, dims=2):
-    """A number for each channel, (3, 1) or (3, 1, 1), sent once for all batches."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(3, *[1] * (dims - 1))
+def _constant(values, device, *shape):
+    """float32 numbers of a shape, made once for all batches."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(shape)
 
 
 def _all_at_once(x):
@@ -135,8 +134,8 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
     scale    range of the crop's area as a share of the image's, drawn uniformly.
     ratio    range of the crop's width/height in the original picture, drawn uniformly in the logarithm.
     aspect   (n,) host tensor, original width/height of images that were squashed to the square; None: 1. The law is
-             applied to a picture of that shape with as many pixels as are stored; the edges of the squashed box are
-             rounded to whole pixels, which moves them by half a pixel at most and the law by nothing to be seen.
+             applied to a picture of that shape with as many pixels as are stored; the squashed box's edges are
+             rounded to whole pixels.
     returns  (n, 4) float32 on the host: top, left, height, width in stored pixels, whole numbers.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
@@ -170,16 +169,16 @@ def crop_boxes(n, side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), aspect=None, ge
 
 def _crop(images, boxes, size, interpolation):
     """resized_crop() of boxes that fit; one of negative width begins at its right edge, so that it is mirrored."""
-    n, _, height, width = images.shape
+    n, side = len(images), images.shape[2]
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     out = torch.empty(n, 3, size, size, device=images.device)
-    singly = max(height, width) > SMALL and not _all_at_once(images)
+    function = _crop_together if side <= SMALL or _all_at_once(images) else _crop_singly
     with torch.autocast(images.device.type, enabled=False):                 # bf16's 8 bits would spoil the picture
         for s in _chunks(n, images):
-            (_crop_singly if singly else _crop_together)(images[s], boxes[s], out[s], interpolation)
+            function(images[s], boxes[s], out[s], interpolation)
     return out.clamp_(0, 1) if interpolation == "bicubic" else out
 
 
@@ -204,12 +203,12 @@ def _crop_together(images, boxes, out, interpolation):
     its centre at j + 1/2, counts by its distance |j + 1/2 - c|, measured in steps when the image shrinks (the
     filter widens and misses no pixel: antialiasing) and in stored pixels when it grows; outside the crop not at all.
     """
-    n, _, height, width = images.shape
-    size, side, device = out.shape[2], max(height, width), images.device
+    n, side, size, device = len(images), images.shape[2], out.shape[2], images.device
     start, length = send(boxes.view(n, 2, 2, 1, 1), device).unbind(1)                       # (n, 2, 1, 1)
     step = length / size
-    j = _centres(side, device, 1) - start                                                   # (n, 2, 1, side)
-    t = (j - _centres(size, device, 0) * step).div_(step.abs().clamp_(min=1)).abs_()        # (n, 2, size, side)
+    i = _constant(tuple(i + 0.5 for i in range(size)), device, size, 1)
+    j = _constant(tuple(j + 0.5 for j in range(side)), device, side) - start                # (n, 2, 1, side)
+    t = (j - i * step).div_(step.abs().clamp_(min=1)).abs_()                                # (n, 2, size, side)
     w = 1 - t
     if interpolation == "bilinear":
         w.clamp_(min=0)                                                                     # 1 - t up to t = 1
@@ -220,18 +219,10 @@ def _crop_together(images, boxes, out, interpolation):
         w.mul_((p * p).addcmul_(q, torch.rsub(q, 2, alpha=4)))
     w.mul_(length / j > 1)                                                      # whether j lies within the crop
     wy, wx = w.div_(w.sum(3, keepdim=True)).unbind(1)                                       # (n, size, side)
-    rows = images.to(torch.float32).contiguous().view(n, 3 * height, width)
-    if height != width:
-        wy, wx = wy[..., :height], wx[..., :width]
-    rows = torch.bmm(rows, wx.mT).view(3 * n, height, size)
-    wy, out = wy.repeat(1, 3, 1).view(3 * n, size, height), out.view(3 * n, size, size)
+    rows = images.to(torch.float32).contiguous().view(n, 3 * side, side)
+    rows = torch.bmm(rows, wx.mT).view(3 * n, side, size)
+    wy, out = wy.repeat(1, 3, 1).view(3 * n, size, side), out.view(3 * n, size, size)
     torch.baddbmm(out, wy, rows, beta=0, alpha=1 / 255 if images.dtype == torch.uint8 else 1, out=out)
-
-
-@functools.lru_cache(maxsize=64)
-def _centres(n, device, axis):
-    """Of n pixels in a row, as a column (axis 0) or a row (1); made once for all batches."""
-    return torch.arange(0.5, n, device=device).unsqueeze(1 - axis)
 
 
 def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
@@ -242,11 +233,11 @@ def resized_crop(images, boxes, size, flip=None, interpolation="bilinear"):
     interpolation  "bilinear", or "bicubic" (clamped to [0, 1]).
     returns        (N, 3, size, size) float32.
     """
-    _check(images)
-    boxes, sides = _host(boxes, (len(images), 4), "boxes", torch.float32), torch.tensor(images.shape[2:])
+    _check(images, square=True)
+    boxes, side = _host(boxes, (len(images), 4), "boxes", torch.float32), images.shape[2]
     corner, length = boxes.split(2, dim=1)
-    if not ((corner >= 0) & (length >= 1) & (corner + length <= sides)).all() or not boxes.equal(boxes.round()):
-        raise ValueError(f"boxes must be whole pixels within the {sides[0]}x{sides[1]} images, and not empty")
+    if not ((corner >= 0) & (length >= 1) & (corner + length <= side)).all() or not boxes.equal(boxes.round()):
+        raise ValueError(f"boxes must be whole pixels within the {side}x{side} images, and not empty")
     return _crop(images, boxes if flip is None else _mirrored(boxes, flip), size, interpolation)
 
 
@@ -361,23 +352,9 @@ def _hue_(x, shift):
     h.copysign_(g - b).add_(shift)
     h.sub_((h / 6).floor_(), alpha=6)                                               # into [0, 6)
     # Forwards: u_g = clamp(2 - |h - 2|), u_b = clamp(2 - |h - 4|), and u_r, where the circle ends, clamp(|h - 3| - 1).
-    centre, sign, shift = (_constant(v, x.device) for v in ((3, 2, 4), (1, -1, -1), (-1, 2, 2)))
+    centre, sign, shift = (_constant(v, x.device, 3, 1) for v in ((3, 2, 4), (1, -1, -1), (-1, 2, 2)))
     u = (h - centre).abs_().mul_(sign).add_(shift).clamp_(0, 1)                     # (n, 3, pixels)
     return torch.addcmul(low, u, chroma, out=x)
-
-
-def adjust(x, what, factor):
-    """torchvision's adjust_brightness, _contrast, _saturation or _hue, each image by a factor of its own.
-
-    what    BRIGHTNESS, CONTRAST or SATURATION: clamp(factor * x + (1 - factor) * base), 1 changes nothing; or HUE.
-    factor  (N,) host tensor, >= 0; of HUE in [-0.5, 0.5] of a full circle.
-    """
-    x, factor = _float(x, copy=True), _host(factor, (len(x),), "factor", torch.float32).view(-1, 1, 1)
-    if what == HUE:
-        return _hue_(x.flatten(2), send(6 * factor, x.device)).view_as(x)
-    matrices = send(torch.lerp(BASES[what], EYE, factor), x.device)                         # (N, 3, 6)
-    with torch.autocast(x.device.type, enabled=False):
-        return _blend(x.flatten(2), *matrices.split(3, dim=2), torch.empty_like(x).flatten(2)).view_as(x)
 
 
 def _jitter(before, after, turns, x, matrices, shift):
@@ -418,7 +395,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
 
 @host
 def _jitter_draws(n, strengths, hue, p, generator):
-    """Of each image its order (n,), a row of SLOTS, and what _jitter wants: matrices (n, 6, 3, 6), shift (n, 1, 1)."""
+    """Of each image its order, (n,) rows of SLOTS, and what _jitter wants: matrices (n, 6, 3, 6), shift (n, 1, 1)."""
     u, coin = uniforms(generator, n, 7).float().split([6, 1], dim=1)
     # A number below p is uniform in [0, p): it is the coin and chooses one of the 24 orders. The coin says no: 24.
     order = (coin * (24 / max(p, 1e-9))).long().clamp_(max=24)[:, 0]
@@ -430,7 +407,7 @@ def _jitter_draws(n, strengths, hue, p, generator):
 
 def random_grayscale(x, p=0.2, generator=None, inplace=False):
     """Replace each image, with probability p, by its luminance."""
-    luminance = _constant(RGB_TO_GRAY, x.device, 3)
+    luminance = _constant(RGB_TO_GRAY, x.device, 3, 1, 1)
     heads = coins(generator, len(x), p)
     return _where(_float(x, copy=not inplace), heads, lambda x: (x * luminance).sum(1, keepdim=True))
 
@@ -460,7 +437,7 @@ def blur(x, sigma, kernel_size):
     """
     x = _float(x)
     (n, _, height, width), radius = x.shape, kernel_size // 2
-    t = _centres(kernel_size, x.device, 1) - kernel_size / 2                                # -radius ... radius
+    t = _constant(range(-radius, radius + 1), x.device, kernel_size)
     taps = (-0.5 * (t / sigma.clamp(min=1e-6)[:, None]) ** 2).softmax(dim=1)                # (n, taps)
     taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
     block = min(height, width) if _all_at_once(x) else min(height, width, BLOCK)
@@ -503,7 +480,7 @@ def normalize(x, mean, std):
     _check(x)
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean and std must be 3 numbers each, got {mean} and {std}")
-    mean, std = (_constant(tuple(map(float, v)), x.device, 3) for v in (mean, std))
+    mean, std = (_constant(tuple(map(float, v)), x.device, 3, 1, 1) for v in (mean, std))
     out = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last)
     for s in _chunks(len(x), x):
         out[s] = (_float(x[s]) - mean).div_(std)
