@@ -89,6 +89,13 @@ class Parser(argparse.ArgumentParser):
         other = next(here, "") or "".join(f"--{near}" for near in difflib.get_close_matches(word, flags, 1))
         return f"; did you mean {other}?" if "--" in other else f"; {other or '--help lists them'}"
 
+    def _check_value(self, action, value):  # argparse's names no nearest
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = difflib.get_close_matches(str(value).lower(), choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(action, f"no such value: {value!r}{hint} (choose from {', '.join(choices)})")
+
 
 class Rate(argparse.Action):
     """--lr or --step-lr: the one that is given replaces whichever a resumed run has saved."""
