@@ -22,7 +22,7 @@ tests="" quick="" steps=40 target=90 minutes=9 cifar="" at32="--size 32 --batch 
 at128="--size 128 --batch 256 --width 64 --stem imagenet"
 if [ -n "${TINY:-}" ]; then
     tests="-k torchvisions" quick="--quick" steps=2 target=25 minutes=5 cifar="--width 4 --max-steps 4"
-    at32="--size 32 --batch 32 --width 8" at128="--size 64 --batch 16 --width 8 --stem imagenet"
+    at32="--size 32 --batch 16 --width 8" at128="--size 64 --batch 16 --width 8 --stem imagenet"
     race="--epochs 1 --width 4 --max-steps 20"
 fi
 
