@@ -107,14 +107,16 @@ def _chunks(n, images):
 
 
 def _replace(x, which, function, *values):
-    """x[which] = function(copy of x[which], *values[which]) in place.
+    """x[which] = function(x[which], *values[which]) in place; the function may change what it gets.
 
     x  (N, 3, H, W) float32.  which: (N,) bool on the host.  values: (N, ...), on x's device.
     """
     which = which.nonzero().flatten()
-    for s in _chunks(len(which), x):
-        some = x.index_select(0, which[s])
-        x.index_copy_(0, which[s], function(some, *(v[which[s]] for v in values)).expand_as(some))
+    for rows in (which[s] for s in _chunks(len(which), x)):
+        some = x[rows[0]:rows[0] + 1] if len(rows) == 1 else x.index_select(0, rows)    # one large image stays in place
+        new = function(some, *(v[rows] for v in values)).expand_as(some)
+        if new.data_ptr() != some.data_ptr() or len(rows) > 1:
+            x.index_copy_(0, rows, new)
     return x
 
 
@@ -185,10 +187,10 @@ def _crop(images, boxes, size, interpolation):
 def _crop_singly(images, boxes, out, interpolation):
     """torch's own kernel, picture by picture: for larger pictures, where it looks at fewer pixels."""
     size, crops = out.shape[2:], []
-    if images.dtype == torch.uint8:
-        images = images.contiguous(memory_format=torch.channels_last)                   # what its fast kernels want
     for image, (top, left, height, width) in zip(images, boxes.int().tolist(), strict=True):
         crop = image[None, :, top:top + height, min(left, left + width):max(left, left + width)]
+        if images.dtype == torch.uint8:
+            crop = crop.contiguous(memory_format=torch.channels_last)                       # its fast kernel's layout
         crop = F.interpolate(crop, size, mode=interpolation, antialias=True)
         crops.append(crop.flip(3) if width < 0 else crop)
     out.copy_(torch.cat(crops))
@@ -333,8 +335,8 @@ def _blend(x, own, mean, out):
     return out.clamp_(0, 1)
 
 
-def _hue_(x, shift):
-    """In place: turn the hue of each image of x (n, 3, pixels); HSV's value and saturation stay.
+def _hue(x, shift, out):
+    """out = the images of x (n, 3, pixels) with their hues turned; HSV's value and saturation stay. Returns out.
 
     shift  (n, 1, 1), of a circle of length 6; at most half of it.
 
@@ -354,21 +356,18 @@ def _hue_(x, shift):
     # Forwards: u_g = clamp(2 - |h - 2|), u_b = clamp(2 - |h - 4|), and u_r, where the circle ends, clamp(|h - 3| - 1).
     centre, sign, shift = (_constant(v, x.device, 3, 1) for v in ((3, 2, 4), (1, -1, -1), (-1, 2, 2)))
     u = (h - centre).abs_().mul_(sign).add_(shift).clamp_(0, 1)                     # (n, 3, pixels)
-    return torch.addcmul(low, u, chroma, out=x)
+    return torch.addcmul(low, u, chroma, out=out)
 
 
 def _jitter(before, after, turns, x, matrices, shift):
     """Of color_jitter: `before` blends, the hue (if it turns at all), `after` blends; x (n, 3, H, W) is used up.
 
-    matrices (n, 6, 3, 6), as SLOTS has the blends; shift (n, 1, 1) as for _hue_.
+    matrices (n, 6, 3, 6), as SLOTS has the blends; shift (n, 1, 1) as for _hue.
     """
     shape, x, (own, mean) = x.shape, x.flatten(2), (half.unbind(1) for half in matrices.split(3, dim=3))
     spare = torch.empty_like(x)
-    for slot in (*range(before), None, *range(3, 3 + after)):
-        if slot is not None:
-            x, spare = _blend(x, own[slot], mean[slot], out=spare), x
-        elif turns:
-            x = _hue_(x, shift)
+    for slot in (*range(before), *[None] * turns, *range(3, 3 + after)):
+        x, spare = _hue(x, shift, spare) if slot is None else _blend(x, own[slot], mean[slot], spare), x
     return x.view(shape)
 
 
