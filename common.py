@@ -4,6 +4,7 @@
     TwoCrops        two random views of one batch
     AverageMeter    a running mean that lives on the device;  Progress: the line that shows it
     LRScheduler     the learning rate as a function of the step number alone
+    Draws           the random numbers of a step
     the rest        seeds, device, precision, and the one error that a user is meant to read
 
 Importing this file does nothing.
@@ -271,11 +272,11 @@ def seed_everything(seed):
 
 
 class Draws:
-    """Uniform random numbers for the images of a batch, a function of these alone:
+    """Uniform random numbers for the images of a batch.
 
-    numbers  whole numbers, for example seed and step.
-    rank     of the process, which has part `rank` of a batch.
-    and the row of an image in the whole batch, and how often was drawn before. So one process draws what many would.
+    numbers  whole numbers, for example seed and step.  rank: of the process, which has part `rank` of the batch.
+    They are a function of these, of an image's row in its part, and of how often was drawn before: nothing has to be
+    saved, every device gets the same, and each of many processes draws its own part of what one would draw.
     Source   Philox, a generator that computes its n-th number directly (Salmon et al. 2011), as numpy has it.
     """
 
