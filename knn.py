@@ -2,6 +2,7 @@
 
     python knn.py --checkpoint runs/simsiam-toy-.../last.pt --neighbours grid.png
     python knn.py --weights resnet18.pth --data ./food-11          (a ResNet-18 from elsewhere)
+    python knn.py --checkpoint ... --split train --map map.png --features train.npz
 
 How good are features without labels? Keep the network fixed, let the k training images nearest to a
 validation image vote on its class, and count how often they are right. Nothing is trained, little to tune.
@@ -11,23 +12,32 @@ Source      Wu et al. 2018, arXiv 1805.01978, Section 3.4: k 200, cosine similar
 Features    the backbone's pooled output in eval mode (never the projector, unless --projector asks for it), of
             the centre crop of each image; bank = labelled training images. (Without labels --neighbours still
             shows what lies near what; there is no accuracy.)
+--map       thumbnails of up to 800 images of --split, on a plane by their features of unit length: near is alike.
+--features  all images of --split, also those without labels: f = numpy.load(FILE) has f["features"] (N, C) float32,
+            f["files"] (N,), f["labels"] (N,) int64, places in f["classes"] (K,), -1: none. Row i is the same image.
 """
 
 import harness.threads  # isort: skip  # noqa: F401  # before torch: how threads wait, where memory comes from
+import colorsys
+import io
 import time
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid, save_image
 
 import augment
 import common
 import pictures
 from harness import flags, weights
+from harness.checkpoint import save
 from harness.command import command
 from harness.distributed import is_main
-from harness.parser import Parser, number, path, png_file
+from harness.parser import Parser, file_to_write, number, path, png_file
 
 # ------------------------------------------------------------------------------------------------
 # The classifier
@@ -190,6 +200,92 @@ class Monitor:
 
 
 # ------------------------------------------------------------------------------------------------
+# A map, and features for other programs
+# ------------------------------------------------------------------------------------------------
+
+ON_MAP = 800  # thumbnails at most
+
+
+def find_tsne():
+    """scikit-learn's TSNE, or None where it is not installed."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return None
+    return TSNE
+
+
+def plane(features, tsne=None):
+    """(N, 2) double, on the host: the two principal components of features (N, C), or with find_tsne() its t-SNE."""
+    x = features.cpu().double()
+    u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    components = F.pad(u * s, (0, 1))                                     # (N, min(N, C) + 1): of one image too
+    if tsne is None or len(x) < 4 or s[0] < 1e-6:  # scikit-learn's dies of features that are all equal
+        return components[:, :2]
+    embed = tsne(perplexity=min(30, (len(x) - 1) / 3), random_state=0)
+    return torch.from_numpy(embed.fit_transform(components[:, :50].numpy())).double()
+
+
+def free_cells(points, side):
+    """Column and row (N, 2) int64 in a grid of side x side >= N cells: for each point in turn the nearest free one.
+
+    points  (N, 2) double, fitted to the grid; a hundredth at each end of an axis lies on the border.
+    """
+    low, high = points.quantile(torch.tensor([0.01, 0.99]).double(), dim=0)
+    wanted = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * (side - 1)
+    cells, chosen = torch.cartesian_prod(torch.arange(side), torch.arange(side)), []     # (side^2, 2)
+    free = cells.double()
+    for point in wanted:
+        chosen.append(int((free - point).square().sum(dim=1).argmin()))
+        free[chosen[-1]] = torch.inf
+    return cells[chosen]
+
+
+def draw_map(split, features, classes, tsne=None):
+    """A PNG, bytes: at most ON_MAP images of a split as thumbnails where plane() has them, none on another.
+
+    features  (N, C).  Frames have the colour of the class, grey without; up to 20 classes are named at the right.
+    """
+    # By chance, not every n-th: the classes may stand in turn.
+    pick = torch.randperm(len(split.paths), generator=torch.Generator().manual_seed(0))[:ON_MAP]
+    points = plane(F.normalize(features[pick.to(features.device)]), tsne)
+    side = 1 + int((2 * len(pick)) ** 0.5)  # half of the cells stay free
+    cell = min(128, 1800 // side)  # pixels, of them 2 between frames
+    colours = [colorsys.hsv_to_rgb(i / len(classes), 0.9, (0.95, 0.6)[i % 2]) for i in range(len(classes))]
+    colours = torch.tensor([*colours, (0.65,) * 3])                       # (K + 1, 3), the last for label -1
+    canvas = torch.ones(3, side * cell, side * cell)
+    for i, (column, row) in zip(pick.tolist(), free_cells(points, side).tolist(), strict=True):
+        one, size = slice(i, i + 1), split.images.shape[-1]
+        view = evaluation_view(split.images[one], split.aspect[one], size, (0.0,) * 3, (1.0,) * 3)
+        here = canvas[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        here[:, 1:-1, 1:-1] = colours[split.labels[i]].view(3, 1, 1)
+        here[:, 4:-4, 4:-4] = F.interpolate(view, size=(cell - 8,) * 2, mode="bilinear", antialias=True)[0]
+    image = TF.to_pil_image(canvas)
+    if len(classes) <= 20 and int(split.labels.amax()) >= 0:
+        font, (width, height), mosaic = ImageFont.load_default(18), image.size, image
+        names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+        image = Image.new("RGB", (width + 60 + int(max(map(font.getlength, names))),
+                                  max(height, 20 + 26 * len(names))), "white")
+        image.paste(mosaic)
+        pen = ImageDraw.Draw(image)
+        for i, name in enumerate(names):
+            colour = tuple(int(255 * part) for part in colours[i].tolist())
+            pen.rectangle((width + 12, 12 + 26 * i, width + 30, 30 + 26 * i), colour)
+            pen.text((width + 40, 21 + 26 * i), name, "black", font, anchor="lm")
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
+
+
+def features_file(split, features, classes):
+    """The bytes of the file of --features, see above. features (N, C)."""
+    file = io.BytesIO()
+    np.savez(file, features=features.float().cpu().numpy(), files=np.array(split.paths, dtype=str),
+             labels=split.labels.numpy(), classes=np.array(classes, dtype=str))
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------
 
@@ -208,7 +304,8 @@ def parse_args(argv):
     add("--data-root", type=path, help="where a named data set lies (default: that of the run)")
     add("--cache", type=path, help="folder for packed pictures (default: that of the run)")
     add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
-    add("--split", choices=("val", "test"), default="val", help="which images are the queries")
+    add("--split", choices=("val", "test", "train"), default="val", help="whose images are the queries, and on the map "
+        "and in the file of features; without val images: train")
     add("--k", type=number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
     # Votes are exp(similarity / temperature): below 0.02 they would leave the range of float32.
     add("--temperature", type=number(float, low=0.02), default=0.1, help="of the votes")
@@ -216,6 +313,9 @@ def parse_args(argv):
         help="whose pooled output the features are")
     add("--projector", action="store_true", help="features behind the projector instead; usually worse")
     add("--neighbours", metavar="PNG", type=png_file, help="write queries beside their nearest training images")
+    add("--map", metavar="PNG", type=png_file, help="write images on a plane, by t-SNE if scikit-learn is installed, "
+        "else by PCA")
+    add("--features", metavar="NPZ", type=file_to_write(".npz"), help="write features, files, labels, classes")
     add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="forward precision")
     args = parser.parse_args(argv)
@@ -225,6 +325,10 @@ def parse_args(argv):
         parser.error("--projector: of --weights the backbone alone is taken")
     if args.checkpoint and args.image_size:
         parser.error("--image-size: of --weights alone; the network of --checkpoint has its own")
+    if args.split == "train" and not (args.neighbours or args.map or args.features):
+        parser.error("--split train: training images do not vote on themselves; with --neighbours, --map, --features")
+    if args.map and args.map == args.neighbours:
+        parser.error(f"--map {args.map}: the same file as --neighbours")
     return args
 
 
@@ -276,6 +380,22 @@ def class_table(predicted, truth, classes):
     return lines
 
 
+def print_accuracy(args, queries, truth, bank, labels, classes):
+    """Top-1 and top-5 for every --k, and the table of the first. Features (Q, C), (M, C); labels (Q,), (M,)."""
+    labels, truth = labels.to(bank.device), truth.to(bank.device)
+    if max(args.k) > len(labels):
+        print(f"note    there are {len(labels):,} to vote: k is {len(labels):,} where it is more")
+    first, ks = None, list(dict.fromkeys(min(k, len(labels)) for k in args.k))
+    for k in ks:
+        votes, order = knn_predict(queries, bank, labels, len(classes), k, args.temperature).topk(min(5, len(classes)))
+        right = (order == truth[:, None]) & (votes > 0)  # a class without a vote was not named
+        top1, top5 = (100.0 * right[:, :n].any(dim=1).sum().item() / len(truth) for n in (1, 5))
+        print(f"k {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
+        first = order[:, 0] if first is None else first
+    print(f"\nk {ks[0]}:")
+    print("\n".join(class_table(first.cpu(), truth.cpu(), classes)))
+
+
 def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, columns=8):
     """PNG: each row a query, then its nearest training images, framed green (of the query's label) or red.
 
@@ -304,6 +424,9 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, 
 @command
 def main(argv=None):
     args = parse_args(argv)
+    tsne = find_tsne() if args.map else None
+    if args.map:
+        print("map     " + ("t-SNE, by scikit-learn" if tsne else "PCA; where scikit-learn is installed, t-SNE"))
     checkpoint = weights.load_pretrained(args)
     checkpoint["args"]["skip_unreadable"] |= args.skip_unreadable
     device = common.pick_device(args.device)
@@ -313,38 +436,38 @@ def main(argv=None):
     split, bank = getattr(dataset, args.split), pictures.labelled(dataset.train)
     if split is None and args.split == "test":
         raise common.UsageError("--split test: this data has no test images")
-    queries = pictures.labelled(split) if split is not None else ()
-    measured = len(queries) > 0 and len(bank) > 0
+    chosen = split or dataset.train
+    queries, called = pictures.labelled(chosen), "training" if chosen is dataset.train else args.split
+    measured = chosen is not dataset.train and len(queries) > 0 and len(bank) > 0
     if not measured:
-        if not args.neighbours:
+        if not (args.neighbours or args.map or args.features):
             raise common.UsageError(f"--data: kNN needs labelled training and labelled {args.split} images; "
-                                    "--neighbours PNG shows neighbours without")
-        queries, bank = split or dataset.train, dataset.train
+                                    "--neighbours PNG shows neighbours without, --map PNG all on a plane")
+        queries, bank = chosen, dataset.train
 
     network, name = network_of(checkpoint, args, device)
-    bank_features = extract(network, bank, dataset, device, autocast)[name]
-    query_features = bank_features if queries is bank else extract(network, queries, dataset, device, autocast)[name]
-    labels, truth = bank.labels.to(device), queries.labels.to(device)
+    features = extract(network, chosen, dataset, device, autocast)[name]  # (N, C), the labelled images first
+    if not features.isfinite().all():
+        raise common.UsageError(f"{args.checkpoint or args.weights}: features are not finite; try --amp off")
+    if args.features:
+        save(args.features, features_file(chosen, features, dataset.classes))
+        print(f"wrote {args.features}: {features.shape[1]} features of {len(chosen):,} {called} images")
+    if args.map:
+        save(args.map, draw_map(chosen, features, dataset.classes, tsne))
+        print(f"wrote {args.map}: {min(ON_MAP, len(chosen)):,} of {len(chosen):,} {called} images; near is alike")
+    if not (measured or args.neighbours):
+        return
 
-    print(f"\n{len(truth):,} {'training' if queries is bank else args.split} images against {len(labels):,} training "
-          f"images, {name}, {bank_features.shape[1]} features")
-    if not measured:
-        print(f"no accuracy: it takes labelled training and labelled {args.split} images")
-    elif max(args.k) > len(labels):
-        print(f"note    there are {len(labels):,} to vote: k is {len(labels):,} where it is more")
-    first, ks = None, list(dict.fromkeys(min(k, len(labels)) for k in args.k)) if measured else []
-    for k in ks:
-        scores = knn_predict(query_features, bank_features, labels, len(dataset.classes), k, args.temperature)
-        votes, order = scores.topk(min(5, len(dataset.classes)), dim=1)
-        right = (order == truth[:, None]) & (votes > 0)  # a class without a vote was not named
-        top1, top5 = (100.0 * right[:, :n].any(dim=1).sum().item() / len(truth) for n in (1, 5))
-        print(f"k {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
-        first = order[:, 0] if first is None else first
+    bank_features = features if bank is chosen else extract(network, bank, dataset, device, autocast)[name]
+    features = features[: len(queries)]
+    print(f"\n{len(queries):,} {called} images against {len(bank):,} training images, {name}, {features.shape[1]} "
+          "features")
     if measured:
-        print(f"\nk {ks[0]}:")
-        print("\n".join(class_table(first.cpu(), truth.cpu(), dataset.classes)))
+        print_accuracy(args, features, queries.labels, bank_features, bank.labels, dataset.classes)
+    elif args.split != "train":
+        print(f"no accuracy: it takes labelled training and labelled {args.split} images")
     if args.neighbours:
-        neighbour_grid(args.neighbours, queries, bank, query_features, bank_features)
+        neighbour_grid(args.neighbours, queries, bank, features, bank_features)
         frames = "green: same class" if min(bank.labels.amax(), queries.labels.amax()) >= 0 else "grey: no labels"
         print(f"\nwrote {args.neighbours}: a query, then its nearest training images; {frames}")
 

@@ -142,13 +142,19 @@ def absolute_path(text):
     return os.path.abspath(path(text))
 
 
-def png_file(text):
-    """An argparse type: a picture to write, checked before any work."""
-    text = path(text)
-    file, folder = Path(text), Path(text).absolute().parent
-    if file.suffix.lower() != ".png" or file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} must be a .png file in a folder that can be written to")
-    return text
+def file_to_write(ending):
+    """An argparse type: a file to write, of a name that ends so, checked before any work."""
+    def parse(text):
+        text = path(text)
+        file, folder = Path(text), Path(text).absolute().parent
+        if file.suffix.lower() != ending or file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text} must be a {ending} file in a folder that can be written to")
+        return text
+
+    return parse
+
+
+png_file = file_to_write(".png")
 
 
 def save_interval(text):

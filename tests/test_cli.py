@@ -188,7 +188,8 @@ def test_loose_pictures_train_without_knn(run, tmp_path):
 
 HOMES = {
     "simsiam": "--data=~/d --data-root=~/r --cache=~/c --out=~/o --views-png=~/v.png",
-    "knn": "--checkpoint=~/r --data=~/d --data-root=~/r --cache=~/c --neighbours=~/n.png",
+    "knn": "--checkpoint=~/r --data=~/d --data-root=~/r --cache=~/c --neighbours=~/n.png --map=~/m.png "
+           "--features=~/f.npz",
     "linear": "--checkpoint=~/r --data=~/d --data-root=~/r --cache=~/c --out=~/o",
     "predict": "~/a.png ~/b.png --checkpoint=~/r --data=~/d --data-root=~/r --cache=~/c --neighbours=~/n.png",
     "export": "~/r ~/o.pth",

@@ -1,8 +1,13 @@
 """knn.py: the vote against loops and scikit-learn, features of every image once, honest evaluation."""
 
+import errno
+import io
+import os
 import types
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +241,131 @@ def test_neighbours_of_few_and_of_partly_labelled_pictures(place, capsys):
     with pytest.raises(SystemExit):
         show("--data", "few", "--split", "test")
     assert "--split test: this data has no test images" in capsys.readouterr().err
+
+
+def run(*flags):
+    knn.main(["--weights", "net.pth", "--image-size", "16", "--amp", "off", *flags])
+
+
+@pytest.mark.parametrize("split, labels", [("val", [0, 0, 1, 1]), ("train", [0, 0, 1, 1, -1, -1, -1]),
+                                           ("test", [-1, -1, -1])])
+def test_the_file_of_features_has_all_images_of_a_split_in_order(place, capsys, split, labels):
+    for i in range(4):
+        for folder in ("train", "val"):
+            place(f"set/{folder}/{'ab'[i % 2]}/{i}.png", 50 * i + (folder == "val"))
+        if i < 3:
+            place(f"set/test/é{i}.png", 70 * i)
+            place(f"set/train_unlabeled/{i}.png", 80 * i)
+    run("--data", "set", "--split", split, "--features", "f.npz", "--k", "2")
+    out = capsys.readouterr().out
+    assert f"wrote f.npz: 32 features of {len(labels)} {'training' if split == 'train' else split} images" in out
+    assert ("top-1" in out) == (split == "val")
+    file = np.load("f.npz", allow_pickle=False)
+    dataset = pictures.pack(pictures.open_source("set"), 16, splits=(split,))
+    whole, backbone = getattr(dataset, split), common.ResNet18(width=4)
+    backbone.load_state_dict({k.removeprefix("module."): v for k, v in torch.load("net.pth").items()})
+    expected = knn.extract(knn.Layers(backbone), whole, dataset, torch.device("cpu"), no_autocast)["layer4"]
+    assert set(file) == {"features", "files", "labels", "classes"} and file["features"].dtype == np.float32
+    np.testing.assert_allclose(file["features"], expected, rtol=1e-4, atol=1e-6)
+    assert file["labels"].tolist() == labels and file["labels"].dtype == np.int64
+    assert file["files"].tolist() == whole.paths and file["classes"].tolist() == ["a", "b"]
+    for path, label in zip(file["files"], labels, strict=True):
+        assert label < 0 or f"/{'ab'[label]}/" in path
+
+
+def test_features_and_map_of_loose_pictures(place, capsys, monkeypatch):
+    monkeypatch.setattr(knn, "find_tsne", lambda: None)
+    for i in range(5):
+        place(f"loose/{i}.png", 50 * i)
+    run("--data", "loose", "--features", "f.npz", "--map", "map.png")
+    out = capsys.readouterr().out
+    assert out.startswith("map     PCA;") and "wrote map.png: 5 of 5 training images" in out
+    file, image = np.load("f.npz", allow_pickle=False), TF.pil_to_tensor(Image.open("map.png"))
+    assert file["features"].shape == (5, 32) and file["labels"].tolist() == [-1] * 5 and len(file["classes"]) == 0
+    assert [path[-5:] for path in file["files"]] == [f"{i}.png" for i in range(5)]
+    assert image.shape == (3, 4 * 128, 4 * 128)  # a grid of 4 x 4, no legend
+    inner = image[:, 64::128, 64::128].flatten(1).T.tolist()
+    assert sorted(inner)[:5] == [[50 * i] * 3 for i in range(5)] and inner.count([255] * 3) == 11
+    assert (image[:, 2::128, 64::128].flatten(1) == 165).all(dim=0).sum() == 5  # grey frames
+
+
+def test_the_map_is_coloured_by_class_and_names_up_to_20():
+    n = knn.ON_MAP + 100
+    split = make_split(n, torch.arange(n) % 20)
+    features = F.one_hot(split.labels, 20) + 0.1 * torch.randn(n, 20, generator=torch.Generator().manual_seed(0))
+
+    def frames(classes, side):  # colours of the 1 + int((2 * 800) ** 0.5) cells a side
+        image = TF.pil_to_tensor(Image.open(io.BytesIO(knn.draw_map(split, features, classes))))
+        assert image.shape[1] == side and (image.shape[2] > side) == (len(classes) <= 20)
+        colours = [tuple(c) for c in image[:, 2:side:43, 20:side:43].flatten(1).T.tolist()]
+        named = [tuple(image[:, 20 + 26 * i, side + 20].tolist()) for i in range(20)] if len(classes) <= 20 else []
+        return [c for c in colours if c != (255,) * 3], named
+
+    shown, named = frames([f"class {i}" for i in range(20)], 41 * 43)
+    assert len(shown) == knn.ON_MAP and len({*shown}) == 20 and {*shown} == {*named}
+    assert all(20 < shown.count(colour) < 60 for colour in named)  # evenly chosen, though the classes stand in turn
+    shown, _ = frames([f"class {i}" for i in range(21)], 41 * 43)
+    assert len({*shown}) == 20
+
+
+def test_the_plane_is_that_of_the_principal_components():
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 8)) + 3
+    centred = (x.double() - x.double().mean(dim=0)).numpy()
+    _, _, v = np.linalg.svd(centred)
+    expected = torch.from_numpy(np.abs(centred @ v[:2].T))
+    torch.testing.assert_close(knn.plane(x).abs(), expected)
+    assert knn.plane(x[:1]).tolist() == [[0, 0]]
+
+
+def test_t_sne_of_few_and_of_two_groups():
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    x = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)) + 20 * (torch.arange(40) % 2)[:, None]
+    y = knn.plane(x, knn.find_tsne())
+    assert torch.equal(y, knn.plane(x, knn.find_tsne()))
+    assert torch.equal(torch.cdist(y, y).fill_diagonal_(torch.inf).argmin(dim=1) % 2, torch.arange(40) % 2)
+    for n in (1, 3, 4, 5):
+        assert knn.plane(x[:n], knn.find_tsne()).shape == (n, 2)
+    for rank in range(3):  # 0: a collapsed network
+        few = (torch.arange(9)[:, None] % 2 ** rank) * torch.eye(5)[rank]
+        assert knn.plane(few + 1, knn.find_tsne()).isfinite().all()
+
+
+def test_each_point_gets_the_nearest_cell_that_is_free():
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(60, 2, generator=g).double()
+    points[:20] = points[0]  # alike
+    cells, taken = knn.free_cells(points, 9), []
+    low, high = np.quantile(points, 0.01, axis=0), np.quantile(points, 0.99, axis=0)
+    for point, cell in zip(points.numpy(), cells.tolist(), strict=True):
+        x, y = np.clip((point - low) / (high - low), 0, 1) * 8
+        free = [(i, j) for i in range(9) for j in range(9) if [i, j] not in taken]
+        best = min((i - x) ** 2 + (j - y) ** 2 for i, j in free)
+        assert cell not in taken and (cell[0] - x) ** 2 + (cell[1] - y) ** 2 == pytest.approx(best)
+        taken.append(cell)
+    assert sorted(knn.free_cells(torch.ones(9, 2).double(), 3).tolist()) == [[i, j] for i in range(3) for j in range(3)]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(place, capsys, monkeypatch):
+    place("loose/0.png", 0)
+    Path("f.npz").write_text("old")
+    run("--data", "loose", "--map", "map.png")  # packs, for which there is room
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as end:
+        run("--data", "loose", "--features", "f.npz")
+    assert end.value.code == 2 and "f.npz: cannot be written: No space left" in capsys.readouterr().err
+    assert Path("f.npz").read_text() == "old" and not [*Path().glob(".f.npz*")]
+
+
+def test_features_that_are_not_finite(place, capsys):
+    place("loose/0.png", 0)
+    torch.save({k: v * torch.nan if v.is_floating_point() else v for k, v in torch.load("net.pth").items()}, "net.pth")
+    with pytest.raises(SystemExit) as end:
+        run("--data", "loose", "--features", "f.npz")
+    assert end.value.code == 2 and "not finite" in capsys.readouterr().err and not Path("f.npz").exists()
 
 
 def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):

@@ -22,7 +22,7 @@ PACKAGES = ["harness", "pictures"]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for folder in (".", *PACKAGES, "forks") for path in sorted((ROOT / folder).glob("*.py"))}
 REQUIRED = {"torch", "torchvision", "PIL", "numpy"}  # Pillow and numpy come with torchvision
-OPTIONAL = {"matplotlib", "tensorboard"}
+OPTIONAL = {"matplotlib", "sklearn", "tensorboard"}
 
 
 def room(name):

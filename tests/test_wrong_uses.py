@@ -207,6 +207,11 @@ CASES = [
     ("knn", "--checkpoint unlabelled", "labelled --neighbours"),
     ("knn", "--checkpoint simsiam --data ./nowhere", "--data ./nowhere"),
     ("knn", "--checkpoint simsiam --neighbours nowhere/grid.png", "--neighbours nowhere/grid.png"),
+    ("knn", "--checkpoint simsiam --map map.jpg", "--map map.jpg .png"),
+    ("knn", "--checkpoint simsiam --features nowhere/f.npz", "--features nowhere/f.npz"),
+    ("knn", "--checkpoint simsiam --features f.csv", "--features f.csv .npz"),
+    ("knn", "--checkpoint simsiam --map a.png --neighbours a.png", "--map a.png --neighbours"),
+    ("knn", "--checkpoint simsiam --split train", "--split train --features"),
     # labels
     ("linear", "", "--checkpoint --weights --from-scratch"),
     ("linear", "--checkpoint nowhere", "nowhere"),
