@@ -97,7 +97,8 @@ class Plan:
         if self.minutes and (ends or step >= self.next):
             self.plan(step, now)
         if self.minutes:
-            return now > min(10, 0.6 * self.minutes) and abs(self.end - (self.said or 0)) > 0.05 * self.end
+            planned = self.pace > 0 and now > min(10, 0.6 * self.minutes)  # the first plans are rough
+            return planned and abs(self.end - (self.said or 0)) > 0.05 * self.end
         return self.said is None and step - self.first >= 10 and now - self.skipped[0] > 2
 
     def seconds_of_step(self, step, now):
