@@ -244,7 +244,7 @@ class LRScheduler:
 
     def lr_at(self, step):
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return self.lr * min(step + 1, self.warmup_steps) / self.warmup_steps
         if self.kind == "cosine":
             progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
@@ -253,7 +253,7 @@ class LRScheduler:
         return self.lr
 
     def step(self, step):
-        """Call before the optimiser's step number `step` (from 0). Returns the scheduled rate."""
+        """Call before the optimiser's step number `step` (from 0, fractions too). Returns the scheduled rate."""
         lr = self.lr_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr if group.get("fix_lr") else lr

@@ -534,7 +534,7 @@ def main(argv=None):
             run.report(**validate(run, model, val, of_val, loss_of))  # the untrained classifier
 
         for x, aspect, labels in run.steps():
-            schedule.step(run.step)
+            schedule.step(run.position)
             if args.way == "cached":
                 logits = model.fc(x)                                                       # (N, K)
             else:

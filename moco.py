@@ -333,7 +333,7 @@ def main(argv=None):
             run.report(**monitor(model.backbone))                      # the untrained network
 
         for images, aspect, _ in run.steps():                          # for x in loader              [A1]
-            schedule.step(run.step)
+            schedule.step(run.position)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)             [A1]
             # How the keys are shuffled into BatchNorm groups: drawn for this step, like its views.   [S3.3]
             order1, order2 = (None if args.no_shuffle_bn else run.random.permutation(args.batch_size)

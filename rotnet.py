@@ -280,7 +280,7 @@ def main(argv=None):
             run.report(**held_out_scores(run, model), **monitor(model.backbone))  # the untrained network
 
         for images, aspect, _ in run.steps():
-            schedule.step(run.step)
+            schedule.step(run.position)
             x = one_crop(images, aspect, run.random)                   # (N, 3, S, S)
             # All four rotations of an image in one batch: better than one of them at random.     [S4.1]
             x4, y4 = turn(x, run.random, args)                         # (4N, 3, S, S), (4N,)

@@ -216,7 +216,7 @@ def main(argv=None):
             run.report(**monitor(model.backbone))                      # the untrained network
 
         for images, aspect, _ in run.steps():                          # for x in loader             [A1]
-            schedule.step(run.step)
+            schedule.step(run.position)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)            [A1]
             with run.autocast():
                 # The views are forwarded one after the other: each has its own BatchNorm statistics.

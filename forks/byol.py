@@ -239,7 +239,7 @@ def main(argv=None):
             run.report(**monitor(model.backbone))                      # the untrained network
 
         for images, aspect, _ in run.steps():                          # for x in loader             [A1]
-            schedule.step(run.step)
+            schedule.step(run.position)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)            [A1]
             with run.autocast():
                 # The views are forwarded one after the other: each has its own BatchNorm statistics.
@@ -253,7 +253,7 @@ def main(argv=None):
             run.scaler.step(optimizer)                                 # update of theta             [A1]
             run.scaler.update()
             # Then the target follows what the online network has become.                       [E1] [A1]
-            tau = target_tau(args.tau, run.step, run.total_steps)
+            tau = target_tau(args.tau, run.position, run.total_steps)
             ema_update(model.target.parameters(), model.online_parameters(), tau)
             run.record(loss=loss, std=output_std(z1))
 

@@ -12,9 +12,11 @@
         args          the flags, complete                         dataset       pictures: classes, mean, std, splits
         place(model)  on the device                               random        this step's common.Draws
         begin(...)    folder, --resume, --views-png, processes    scaler        torch's GradScaler
-        total_steps   of the whole run                            autocast()    context of the forward pass
+        total_steps   of the schedule                             autocast()    context of the forward pass
         warmup_steps  of them                                     record(...)   figures of this step, loss among them
-        step          number of the present step, from 0          epoch_ends    whether this step is an epoch's last
+        position      of this step among total_steps              epoch_ends    whether this step is an epoch's last
+        step          its number, from 0; --minutes moves         last          whether it is the run's last
+                      position on at another pace
         steps()       images, aspect, labels of every step        report(...)   an epoch's line; stop="why" ends the run
         say(text)     terminal and log.txt
 

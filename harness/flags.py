@@ -12,7 +12,7 @@ import pictures
 from common import UsageError
 from harness import checkpoint
 from harness.log import tensorboard_writer
-from harness.parser import Parser, Rate, absolute_path, number, path, png_file, save_interval
+from harness.parser import Epochs, Parser, Rate, absolute_path, number, path, png_file, save_interval
 from harness.weights import load_weights, take_shape
 
 NEWEST = "newest"  # --resume without a folder
@@ -51,7 +51,12 @@ def training_parser(file, doc, recipes, without=()):
     add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "
         "and runs out of memory", choices=("cifar", "imagenet"))
     add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))
-    add("--epochs", "passes over the training images", type=whole(low=1))
+    length = parser.add_mutually_exclusive_group()
+    add("--epochs", "passes over the training images", type=whole(low=1), action=Epochs, group=length)
+    add("--minutes", "instead of --epochs: as many steps as fit, the learning rate's schedule fitted to them while the "
+        "run goes on. It counts from the first step's preparations to the last evaluation, like `seconds` in "
+        "metrics.jsonl, interruptions left out; starting, packing pictures and what linear.py does last come on top",
+        type=real(above=0), default=None, group=length)
     add("--batch-size", "images per step", type=whole(low=2))
     rates = parser.add_mutually_exclusive_group()
     add("--lr", "learning rate per 256 images; that of a step is in proportion to the batch size; too high: the loss "
@@ -59,7 +64,8 @@ def training_parser(file, doc, recipes, without=()):
     add("--step-lr", "instead of --lr: the learning rate per step, whatever the batch size, as most articles give it",
         type=real(above=0), action=Rate, group=rates)
     add("--weight-decay", "L2 penalty", type=real(low=0))
-    add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs",
+    add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs; with "
+        "--minutes the same share of the run as of the default --epochs",
         type=real(low=0))
     _run_flags(add, whole, real)
     return parser

@@ -105,6 +105,13 @@ class Rate(argparse.Action):
         setattr(args, self.dest, value)
 
 
+class Epochs(argparse.Action):
+    """--epochs: replaces the --minutes that a resumed run has saved."""
+
+    def __call__(self, parser, args, value, flag=None):
+        args.epochs, args.minutes = value, None
+
+
 def number(kind, low=None, high=None, above=None):
     """An argparse type: an int or float within [low, high], or strictly above `above`, that a tensor can hold.
 

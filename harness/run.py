@@ -15,10 +15,12 @@ import pictures
 from common import UsageError
 from harness import checkpoint, distributed, flags
 from harness.command import Interrupted, Stop, out_of_memory
-from harness.folder import Folder, read_metrics
+from harness.folder import Folder
 from harness.log import Figures, Log, wrapped
 from harness.parser import flag_text
+from harness.plan import Plan
 from harness.views import ViewsWritten, write_views
+from harness.words import finish, read_scores, say_recipe
 
 
 def open_run(args, recipes, **derived):
@@ -69,11 +71,7 @@ class Run:
 
     def __init__(self, args, source, device, autocast, scaler, name=None, score="knn", title="kNN", best="best.pt"):
         self.args, self.device, self.autocast, self.scaler, self.best_file = args, device, autocast, scaler, best
-        self.saved = checkpoint.load(args.resume, args.method) if args.resume else None
-        changed = self.saved and flags.changed_images(self.saved["args"], source, ("train", args.knn_split))
-        if changed:
-            raise UsageError(f"--resume {args.out}: the images are not those of the run any more ({changed}); bring "
-                             "them back, or start a new run on those that are there now")
+        self.saved = saved_run(args, source) if args.resume else None
         args.contents = source.contents
         self.folder, self.stop = Folder(args.out, f"{name or args.method}-{source.name}", bool(self.saved)), Stop()
         self.log = Log(self.folder, self.stop, args.quiet, score, title)
@@ -84,10 +82,9 @@ class Run:
 
     def feed(self, dataset, batches):
         """Name what it trains on: pictures.Dataset and pictures.Batches."""
-        args, self.dataset, self.batches, self.epoch_steps = self.args, dataset, batches, len(batches)
-        self.total_steps = min(args.epochs * len(batches), args.max_steps or args.epochs * len(batches))
-        self.warmup_steps = round(args.warmup_epochs / args.epochs * self.total_steps)  # --max-steps shortens it too
-        self.epochs = math.ceil(self.total_steps / self.epoch_steps)
+        self.dataset, self.batches, self.epoch_steps, args = dataset, batches, len(batches), self.args
+        self.plan = Plan(args, len(batches))
+        self.total_steps, self.warmup_steps = self.plan.total_steps, self.plan.warmup_steps
 
     def place(self, model):
         return model.to(self.device, memory_format=torch.channels_last)
@@ -113,9 +110,10 @@ class Run:
         self.parts, self.extra = (model, optimizer, self.scaler, states), extra
         self.model, self.optimizer, lr = model, optimizer, optimizer.param_groups[0]["lr"]
         best = restore(self) if self.saved else None
-        self.began, self.figures = time.perf_counter(), Figures(watchful=self.device.type == "cpu")
+        self.began = self.worked = time.perf_counter()  # worked: till when it did no evaluation
+        self.figures = Figures(watchful=self.device.type == "cpu")
         if distributed.is_main():
-            needed = checkpoint.bytes_needed(model, self.args, self.epochs, self.epoch)
+            needed = checkpoint.bytes_needed(model, self.args, self.plan.epochs, self.epoch)
             self.folder.make(needed, self.args, self.epoch)
         self.saver = checkpoint.Saver(self.folder, self.args, lambda: state_of(self), self.best_file, best)
         self.log.begin(self.args.tensorboard)
@@ -129,8 +127,12 @@ class Run:
         return self.step // self.epoch_steps + self.inside
 
     @property
+    def position(self):
+        return self.plan.position(self.step)
+
+    @property
     def last(self):
-        return self.step + 1 == self.total_steps
+        return self.step + 1 == self.plan.end
 
     @property
     def epoch_ends(self):
@@ -142,7 +144,7 @@ class Run:
         Between two steps, never inside one, the run is watched, saved and told to stop.
         raises  UsageError for a loss that is NaN or infinite; Interrupted after a signal, when all is saved.
         """
-        while self.step < self.total_steps and self.ended is None:
+        while self.step < self.plan.end and self.ended is None:
             self.model.train()
             begin_epoch(self)
             for images, aspect, labels, _ in self.batches.batches(self.epoch, start=self.step % self.epoch_steps):
@@ -151,19 +153,23 @@ class Run:
                 yield images, aspect, labels
                 self.step, self.inside = self.step + 1, False
                 after_step(self, ends)
-                if self.step == self.total_steps:
+                if self.step == self.plan.end:
                     break
 
     def record(self, *, loss, **figures):
         self.figures.record(self.step + 1, self.optimizer.param_groups[0]["lr"], loss=loss, **figures)
+        if self.epoch_ends:
+            check(self)  # waits for a GPU: what it still works on is no part of the evaluation
+            self.worked = time.perf_counter()
 
     def report(self, stop=None, **scores):
+        self.plan.evaluated(time.perf_counter() - self.worked, self.step + self.inside)
         row = epoch_row(self, scores)
         self.ended, self.reached = None if self.last else distributed.same(stop), row[self.log.score]
         if not self.inside:
             self.untrained = self.reached
         if distributed.is_main():
-            self.log.write(row, self.epochs)
+            self.log.write(row, self.plan.epochs)
         return row
 
     def __enter__(self):
@@ -178,8 +184,7 @@ class Run:
         finally:
             self.folder.close()
         if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
-            raise UsageError(f"out of memory with {sizes(self.args)}; lower one of them; --stem imagenet and, on a "
-                             "GPU, --amp bf16 need less too") from None
+            raise too_large(self.args) from None
         return kind is ViewsWritten
 
 
@@ -188,15 +193,26 @@ class Run:
 # ------------------------------------------------------------------------------------------------
 
 
+def saved_run(args, source):
+    """The checkpoint of --resume; raises UsageError where it is not one of these images."""
+    saved = checkpoint.load(args.resume, args.method)
+    changed = flags.changed_images(saved["args"], source, ("train", args.knn_split))
+    if changed:
+        raise UsageError(f"--resume {args.out}: the images are not those of the run any more ({changed}); bring "
+                         "them back, or start a new run on those that are there now")
+    return saved
+
+
 def restore(run):
     """Take up a resumed run; returns its best score, or None."""
     run.step = checkpoint.restore(run.saved, *run.parts, run.dataset.classes)
     epoch, saved, run.before = run.saved["epoch"], run.saved["args"], run.saved["seconds"]
+    run.plan.restore(run.saved.get("plan"), run.step, run.before)
     if run.step // run.epoch_steps != epoch:  # pictures that could not be read before, say
         raise UsageError(f"--resume {run.folder.path}: an epoch has {run.epoch_steps:,} steps now, so step "
                          f"{run.step:,} is not in epoch {epoch + 1:,} any more: the images changed; bring back "
                          "those of the run, or start a new one")
-    names = ("epochs", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
+    names = ("epochs", "minutes", "max_steps", "lr", "step_lr", "warmup_epochs", "schedule")
     changed = [flag_text(n, value) + (f" (was {saved[n]})" if saved[n] is not None else "") for n in names
                if n in saved and (value := getattr(run.args, n, None)) not in (None, saved[n])]
     run.jump = (", ".join(changed), run.optimizer.param_groups[0]["lr"]) if changed and run.step else None
@@ -221,29 +237,6 @@ def compiled(model, views, run):
     return model
 
 
-def say_recipe(run, chance, lr):
-    args = run.args
-    recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                       if name not in flags.PLUMBING and value not in (None, "val") and value is not False)
-    device = f"{distributed.size()} processes, {run.device}" if distributed.size() > 1 else str(run.device)
-    device += "" if args.amp == "auto" else f", {args.amp.replace('off', 'float32')}"
-    device += f" (bf16: {args.bf16_gain:.1f} times as fast)" if getattr(args, "bf16_gain", None) else ""
-    facts = {
-        "recipe": recipe,
-        "lr": f"{lr:g} per step of {args.batch_size} images" + (f" ({args.lr:g} per 256)" if args.lr else ""),
-        "steps": f"{run.epoch_steps:,} per epoch, {run.total_steps:,} in all, on {device}",
-        "chance": f"loss {chance}",
-        "writes": f"{run.folder.path}",
-    }
-    if args.warmup_epochs > args.epochs / 2:
-        facts["note"] = (f"--warmup-epochs {args.warmup_epochs:g} of {args.epochs} epochs: the rate climbs for "
-                         f"most of the run; {args.epochs / 10:g} is usual")
-    if run.step:
-        facts["resumes"] = f"at step {run.step:,}" + ": nothing is left to do" * (run.step >= run.total_steps)
-    for name, text in facts.items():
-        run.say(wrapped(f"{name:8}{text}"))
-
-
 # ------------------------------------------------------------------------------------------------
 # Between two steps, and at the end
 # ------------------------------------------------------------------------------------------------
@@ -253,8 +246,12 @@ def begin_epoch(run):
     saved = run.saved if run.saved and run.step % run.epoch_steps and run.step == run.saved["step"] else None
     run.figures.begin(saved["meters"] if saved else {})
     run.reached = None
-    run.log.line = common.Progress(run.total_steps, f"epoch {run.epoch + 1:>{len(str(run.epochs))}}/{run.epochs}",
+    run.log.line = common.Progress(run.plan.end, label(run, run.epoch + 1),
                                    quiet=run.log.quiet, per_step=run.args.batch_size, first=run.step, show=run.log.show)
+
+
+def label(run, epoch):
+    return f"epoch {epoch:>{len(str(run.plan.epochs))}}/{run.plan.epochs}"
 
 
 def after_step(run, ends):
@@ -262,12 +259,15 @@ def after_step(run, ends):
         (changed, before), run.jump, lr = run.jump, None, run.optimizer.param_groups[0]["lr"]
         if f"{before:.3g}" != f"{lr:.3g}":
             run.say(wrapped(f"note    {changed}: the learning rate goes from {before:.3g} to {lr:.3g}"))
+    over = run.step == run.plan.end or run.ended is not None
     # Looking at a loss makes the host wait for a GPU: there it is done about once a second, and at the end of an
     # epoch, so that the rate counts steps that are done and not only asked for.
-    if ends or run.figures.due():
+    if ends or run.figures.due() or run.plan.due(run.step):
         check(run)
+        if not over and run.plan.after_step(run.step, now := seconds(run), ends):
+            run.say(run.plan.say(run.step, now, run.device))
+            run.log.line.total, run.log.line.label = run.plan.end, label(run, run.epoch + 1)
     if ends:
-        over = run.step == run.total_steps or run.ended is not None
         whole = run.step % run.epoch_steps == 0
         run.saver.after_epoch(math.ceil(run.step / run.epoch_steps), whole, run.reached, over or run.stop.told)
         if run.ended:
@@ -320,31 +320,12 @@ def state_of(run):
     state = checkpoint.state_of(*run.parts, run.args, run.dataset, run.epoch, run.step)
     state["args"]["out"] = str(run.folder.path)  # also where no --out named it
     meters = {name: (meter.sum, meter.count) for name, meter in run.figures.meters.items()}
-    return state | {"seconds": seconds(run), "meters": meters} | run.extra()
+    return state | {"seconds": seconds(run), "meters": meters, "plan": run.plan.state()} | run.extra()
 
 
-def read_scores(run):
-    """{epoch: its score} from metrics.jsonl, where it has one."""
-    name = run.log.score
-    return {row["epoch"]: row[name] for row in read_metrics(run.folder.path) if row[name] is not None}
-
-
-def sizes(args):
-    """The flags that memory depends on."""
+def too_large(args):
+    """The error that names the flags that memory depends on."""
     names = ("batch_size", "image_size", "width", "dim", "pred_dim", "hidden_dim", "queue_size")
-    return ", ".join(flag_text(name, getattr(args, name)) for name in names if getattr(args, name, None))
-
-
-def finish(run):
-    """What was reached, where it is, what to do next."""
-    args, score, log = run.args, run.saver.best, run.log
-    if args.knn_split == "test":
-        score = next(reversed(read_scores(run).values()), None)
-    if run.untrained is not None and score is not None:
-        log.say(f"{log.title:8}{run.untrained:.2f} % untrained, {score:.2f} % "
-                f"{'at best' if args.knn_split == 'val' else 'at the end, test split'}")
-    splits = [getattr(run.dataset, split) for split in ("train", args.knn_split)]
-    command = f"python linear.py --checkpoint {run.folder.path}"
-    if len(run.dataset.classes) < 2 or not all(split and (split.labels >= 0).any() for split in splits):
-        command = f"python knn.py --checkpoint {run.folder.path} --neighbours neighbours.png"  # needs no labels
-    log.say(f"next    {run.next_command or command}")
+    sizes = ", ".join(flag_text(name, getattr(args, name)) for name in names if getattr(args, name, None))
+    return UsageError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, --amp bf16 need "
+                      "less too")
