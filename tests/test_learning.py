@@ -11,7 +11,8 @@ from harness.folder import read_metrics
 # and numbers of threads gave at least twice as much.
 RUNS = {
     "simsiam": (["--epochs", "3", "--warmup-epochs", "0.3", "--batch-size", "32"], 4),
-    "moco": (["--epochs", "4", "--warmup-epochs", "0.4", "--batch-size", "32", "--bn-splits", "2", "--lr", "0.8"], 5),
+    "moco": (["--epochs", "8", "--warmup-epochs", "1", "--batch-size", "32", "--bn-splits", "2", "--lr", "0.8",
+              "--queue-size", "128"], 6),
     "simclr": (["--epochs", "2", "--warmup-epochs", "0.2"], 10),
     "rotnet": (["--epochs", "2", "--warmup-epochs", "0.4", "--lr", "0.4", "--max-steps", "55"], 6),
 }
