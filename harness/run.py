@@ -13,7 +13,7 @@ import torch
 import common
 import pictures
 from common import UsageError
-from harness import checkpoint, distributed, flags
+from harness import checkpoint, distributed, flags, health
 from harness.command import Interrupted, Stop, out_of_memory
 from harness.folder import Folder, read_metrics
 from harness.log import Figures, Log, wrapped
@@ -164,6 +164,7 @@ class Run:
             self.untrained = self.reached
         if distributed.is_main():
             self.log.write(row, self.epochs)
+            health.speak(self)
         return row
 
     def __enter__(self):
@@ -325,8 +326,7 @@ def state_of(run):
 
 def read_scores(run):
     """{epoch: its score} from metrics.jsonl, where it has one."""
-    name = run.log.score
-    return {row["epoch"]: row[name] for row in read_metrics(run.folder.path) if row[name] is not None}
+    return {row["epoch"]: row[run.log.score] for row in read_metrics(run.folder.path) if row[run.log.score] is not None}
 
 
 def sizes(args):
