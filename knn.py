@@ -169,11 +169,11 @@ def pair_view(images, aspect, size, mean, std, generator):
 
 
 def agreement(network, split, dataset, device, autocast, seed):
-    """Share of images, at most 1000, whose second view is nearest to their first among all second views.
+    """Share of images whose second view is nearest to their first among all second views.
 
     network  as for extract(), of one layer.  seed: of the views, which are the same at every call.
     """
-    split, pair = some(split, 1000), []
+    pair = []
     for which in range(2):
         view = functools.partial(pair_view, generator=common.Draws(seed, "agreement", which))
         features, = extract(network, split, dataset, device, autocast, view=view).values()
@@ -206,15 +206,16 @@ class Monitor:
     Percent top-1 of the images of --knn-split, with --knn-k, 20 and 10 neighbours; further layers of a ResNet18 as
     "knn_layer3"; the seconds that it took as "knn_seconds". None in epochs where it is not `due`, or where there are
     no labels to vote with or to check against, which is said. Labels or not: "rank", effective_rank() of at most
-    25,600 training images (as in its paper), and "agreement" of two views of images of --knn-split, or, where there
-    are none, of training images.
+    25,600 training images (as in its paper), and agreement() of up to 1,000 images of --knn-split, or, where there are
+    none, of training images.
     """
 
     def __init__(self, run, layers=("layer4",)):
         self.run, self.dataset, self.layers = run, run.dataset, layers
         self.bank, self.queries = (split and pictures.labelled(split)
                                    for split in (run.dataset.train, getattr(run.dataset, run.args.knn_split)))
-        self.held_out = getattr(run.dataset, run.args.knn_split) or run.dataset.train
+        self.held_out = some(getattr(run.dataset, run.args.knn_split) or run.dataset.train,
+                             min(1000, max(100, len(run.dataset.train) // 20)))  # a twentieth: it should cost little
         self.missing = "no labelled training images" if not self.bank else ""
         self.missing = self.missing or (f"no labelled {run.args.knn_split} images" if not self.queries else "")
         if self.missing:
