@@ -119,7 +119,7 @@ def test_underscores_are_dashes():
     ("--moco-t 1", "did you mean --temperature?"), ("--Temperature=1", "did you mean --temperature?"),
     ("--freeze", "did you mean linear.py --probe?"), ("--zzz", "--zzz: no such flag; --help"),
     ("--threshold 1", "--threshold: no such flag; --help"),  # this program has nothing like it
-    ("--optimizer adam", "invalid choice: 'adam' (choose from "),
+    ("--optimizer adam", "'adam'; did you mean adamw? (choose from sgd, adamw)"),
 ])
 def test_an_unknown_flag_or_value_names_the_nearest(capsys, given, hint):
     with pytest.raises(SystemExit) as end:
