@@ -19,7 +19,9 @@ Features    the backbone's pooled output in eval mode (never the projector, unle
 
 import harness.threads  # isort: skip  # noqa: F401  # before torch: how threads wait, where memory comes from
 import colorsys
+import functools
 import io
+import math
 import time
 import warnings
 
@@ -118,11 +120,12 @@ def evaluation_view(images, aspect, size, mean, std):
 
 
 @torch.no_grad()
-def extract(network, split, dataset, device, autocast, batch_size=None):
+def extract(network, split, dataset, device, autocast, batch_size=None, view=evaluation_view):
     """Features of every image of a split, in order, each exactly once.
 
     network     maps (n, 3, S, S) to {name: (n, C)}; put into eval mode meanwhile, then left as it was.
     batch_size  None: 1000 on a GPU; 125 on a CPU, where the activations of more would leave the cache.
+    view        what it sees of the images; arguments and result as those of evaluation_view().
     returns     {name: (N, C) float32 on the device}.
     """
     was_training = network.training
@@ -132,11 +135,66 @@ def extract(network, split, dataset, device, autocast, batch_size=None):
     loader = pictures.Batches(split, batch_size, device, shuffle=False, drop_last=False)
     for images, aspect, _, _ in loader.batches(0):
         with autocast():
-            x = evaluation_view(images, aspect, dataset.size, dataset.mean, dataset.std)
+            x = view(images, aspect, dataset.size, dataset.mean, dataset.std)
             for name, features in network(x).items():
                 parts.setdefault(name, []).append(features.float())
     network.train(was_training)
     return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Health, which needs no labels
+# ------------------------------------------------------------------------------------------------
+
+
+def some(split, most):
+    """At most so many images of a split, evenly spaced: a view, not a copy."""
+    step = math.ceil(len(split) / most)
+    return pictures.Split(split.images[::step], split.labels[::step], split.aspect[::step], split.paths[::step],
+                          held={device: images[::step] for device, images in split.held.items()})
+
+
+def effective_rank(features):
+    """How many directions the features use: from 1, all alike but for their length, to C, all equally.
+
+    features  (N, C) float.
+    returns   exp of the entropy of the singular values, which are those of features that are not centred.
+    Source    RankMe: Garrido et al. 2023, arXiv 2210.02885, Section 3.1.
+    """
+    # In double precision, which mps lacks, the Gram matrix is exact enough, and soon made.
+    z = (features.cpu() if features.device.type == "mps" else features).double()
+    z = z if len(z) >= z.shape[1] else z.T
+    sigma = torch.linalg.eigvalsh((z.T @ z).cpu()).clamp(min=0).sqrt()    # (min(N, C),)
+    # p_k = sigma_k / |sigma|_1 + eps;  RankMe = exp(- sum_k p_k log p_k)
+    p = sigma / sigma.sum().clamp(min=1e-30) + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def pair_view(images, aspect, size, mean, std, generator):
+    """A random view, the same recipe for all methods (SimSiam's without blur), so that their figures compare."""
+    x = augment.random_resized_crop(images, size, scale=(0.2, 1.0), flip=0.5, aspect=aspect, generator=generator)
+    x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, generator=generator, inplace=True)
+    x = augment.random_grayscale(x, p=0.2, generator=generator, inplace=True)
+    return augment.normalize(x, mean, std)
+
+
+def agreement(network, split, dataset, device, autocast, seed):
+    """Share of images whose second view is nearest to their first among all second views.
+
+    network  as for extract(), of one layer.  seed: of the views, which are the same at every call.
+    """
+    pair = []
+    for which in range(2):
+        view = functools.partial(pair_view, generator=common.Draws(seed, "agreement", which))
+        features, = extract(network, split, dataset, device, autocast, view=view).values()
+        pair.append(features)
+    _, rows = nearest(*pair, 1)                                           # (N, 1)
+    return (rows[:, 0] == torch.arange(len(split), device=device)).double().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------
+# The figures of an epoch
+# ------------------------------------------------------------------------------------------------
 
 
 class Layers(torch.nn.Module):
@@ -157,13 +215,17 @@ class Monitor:
 
     Percent top-1 of the images of --knn-split, with --knn-k, 20 and 10 neighbours; further layers of a ResNet18 as
     "knn_layer3"; the seconds that it took as "knn_seconds". None in epochs where it is not `due`, or where there are
-    no labels to vote with or to check against, which is said.
+    no labels to vote with or to check against, which is said. Labels or not: "rank", effective_rank() of at most
+    25,600 training images (as in its paper), and agreement() of up to 1,000 images of --knn-split, or, where there are
+    none, of training images.
     """
 
     def __init__(self, run, layers=("layer4",)):
         self.run, self.dataset, self.layers = run, run.dataset, layers
         self.bank, self.queries = (split and pictures.labelled(split)
                                    for split in (run.dataset.train, getattr(run.dataset, run.args.knn_split)))
+        self.held_out = some(getattr(run.dataset, run.args.knn_split) or run.dataset.train,
+                             min(1000, max(100, len(run.dataset.train) // 20)))  # a twentieth: it should cost little
         self.missing = "no labelled training images" if not self.bank else ""
         self.missing = self.missing or (f"no labelled {run.args.knn_split} images" if not self.queries else "")
         if self.missing:
@@ -180,13 +242,19 @@ class Monitor:
         names = {layer: "knn" if layer == "layer4" else f"knn_{layer}" for layer in self.layers}
         if not (self.due or (now and self.run.args.knn_every)):
             return {"knn": None}
-        if self.missing or not is_main():  # of several processes the first evaluates, the others wait
+        if not is_main():  # of several processes the first evaluates, the others wait
             return dict.fromkeys(names.values())
         began, run = time.perf_counter(), self.run
-        network = Layers(backbone, self.layers)
-        network.train(backbone.training)
-        bank, queries = (extract(network, split, self.dataset, run.device, run.autocast)
-                         for split in (self.bank, self.queries))
+        features = functools.partial(extract, dataset=self.dataset, device=run.device, autocast=run.autocast)
+        network, last = (Layers(backbone, layers) for layers in (self.layers, self.layers[-1:]))
+        network.train(backbone.training), last.train(backbone.training)
+        bank = features(network, some(self.dataset.train, 25_600) if self.missing else self.bank)
+        rows = bank[self.layers[-1]]
+        health = {"rank": effective_rank(rows[:: math.ceil(len(rows) / 25_600)]), "agreement":
+                  agreement(last, self.held_out, self.dataset, run.device, run.autocast, run.args.seed)}
+        if self.missing:
+            return dict.fromkeys(names.values()) | health | {"knn_seconds": time.perf_counter() - began}
+        queries = features(network, self.queries)
         labels, truth = (split.labels.to(run.device) for split in (self.bank, self.queries))
         scores = {}
         for layer, name in names.items():
@@ -196,7 +264,7 @@ class Monitor:
                 votes = vote(similarity[:, :k], rows[:, :k], labels, len(self.dataset.classes), run.args.knn_t)
                 key = name if k == run.args.knn_k else f"{name}_{k}"
                 scores[key] = 100.0 * (votes.argmax(dim=1) == truth).sum().item() / len(truth)
-        return scores | {"knn_seconds": time.perf_counter() - began}
+        return scores | health | {"knn_seconds": time.perf_counter() - began}
 
 
 # ------------------------------------------------------------------------------------------------

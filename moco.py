@@ -323,8 +323,8 @@ def main(argv=None):
         schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps,
                                       kind="steps" if args.v1 else "cosine",
                                       milestones=(0.6 * run.total_steps, 0.8 * run.total_steps))  # 120, 160 of 200
-        chance = math.log(1 + args.queue_size)
-        network = run.begin(model, optimizer, views=two_crops, chance=f"log(1 + K) = {chance:.2f}")
+        network = run.begin(model, optimizer, views=two_crops,
+                            chance=f"log(1 + K) = {math.log(1 + args.queue_size):.2f}")
         directions = 2 if args.symmetric else 1
         if args.queue_size > directions * len(run.dataset.train):
             run.say(f"note    --queue-size {args.queue_size}: {len(run.dataset.train)} images make fewer keys an "
@@ -360,11 +360,7 @@ def main(argv=None):
             model.enqueue(torch.cat([distributed.gather(k) for k in ([k1, k2] if args.symmetric else [k2])]))
 
             if run.epoch_ends:
-                row = run.report(**monitor(model.backbone))
-                if row["loss"] > 0.98 * chance:
-                    run.say("  at chance: the queries do not find their keys. If it stays so,\n"
-                            f"  {harness.rate_hint(args, RECIPES[args.kind], lr)};\n"
-                            "  or raise --momentum-encoder or --min-crop.")
+                run.report(**monitor(model.backbone))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@
     python plot.py runs/moco-... runs/simsiam-... --against seconds
     python plot.py runs/tuned runs/scratch --labels "pre-trained" "from scratch"
 
+    python plot.py runs/moco-... --diagnose          (no picture: is the run well, and if not, what to change)
+
 Reads only what a run keeps beside its checkpoints (metrics.jsonl, args.json),
 so runs may still be going on. Losses of different methods have nothing in common
-but the word: each method gets an axis of its own. Needs matplotlib.
+but the word: each method gets an axis of its own. Curves need matplotlib.
 """
 
 import collections
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import common
 import harness
-from harness import flags
+from harness import flags, health
 from harness.folder import read_metrics
 from harness.parser import Parser, path
 
@@ -26,6 +28,8 @@ TITLES = {
     **dict.fromkeys(("val_loss", "test_loss", "loss"), "loss"),
     **dict.fromkeys(("knn", "top1", "train_top1"), "kNN or top-1 accuracy, %"),
     "lr": "learning rate",
+    "rank": "effective rank of the features",
+    "agreement": "share of held-out images whose views agree",
     "std": "std of outputs (1: spread, 0: collapsed)",
     "accuracy": "share of images whose own view is nearest",
     **dict.fromkeys(("val_rotation", "test_rotation", "rotation"), "rotation accuracy, %"),
@@ -117,7 +121,7 @@ def draw(runs, labels, against="epochs"):
             points = curve(runs[number], name, against)
             axes.plot(*zip(*points, strict=True), **looks[number], linewidth=0.9 if name in training else 1.6,
                       marker="o" if len(points) <= 20 else None, markersize=3)  # one point alone shows
-        if names <= {"lr", "std", "accuracy"}:  # a close-up of a healthy std would look like a drama
+        if names <= {"lr", "std", "accuracy", "agreement"}:  # a close-up of a healthy std would look like a drama
             top = axes.dataLim.ymax or 1
             axes.set_ylim(-0.04 * top, 1.08 * top)
         axes.set_title(title + (" (thin: training images)" if training else ""), loc="left", fontsize=10)
@@ -137,6 +141,7 @@ def parse_args(argv):
     add("--out", type=path, default="curves.png", help="file to write, ending in .png, .pdf or .svg")
     add("--against", choices=("epochs", "seconds"), default="epochs", help="horizontal axis; time is in minutes")
     add("--labels", nargs="+", metavar="NAME", help="names for the legend, one per run, in their order")
+    add("--diagnose", action="store_true", help="instead of curves: is a run well, by which figures, what to change")
     args = parser.parse_args(argv)
     if not args.out.lower().endswith((".png", ".pdf", ".svg")):
         parser.error(f"--out {args.out}: the ending must be one of .png, .pdf, .svg")
@@ -149,6 +154,14 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     runs = [read_run(folder) for folder in args.runs]
+    if args.diagnose:
+        for run in runs:
+            try:
+                lines = health.diagnose(run.args, run.rows)
+            except (KeyError, TypeError) as error:
+                raise common.UsageError(f"{run.folder}: args.json or metrics.jsonl lacks {error}") from None
+            print("\n".join(f"{run.folder}: {line}" for line in lines))
+        return
     labels = args.labels or make_labels(runs)
     try:
         draw(runs, labels, args.against).savefig(args.out)

@@ -301,10 +301,7 @@ def main(argv=None):
                 if args.stop_at_accuracy and right >= args.stop_at_accuracy:
                     stop = (f"{right:.2f} % of validation rotations are right: "
                             f"--stop-at-accuracy {args.stop_at_accuracy:g}")
-                row = run.report(stop, **held_out, **monitor(model.backbone, now=stop))
-                if row["rotation"] < 26:
-                    run.say("  at chance: no rotation is recognised. If the pictures have a right way up,\n"
-                            f"  {harness.rate_hint(args, RECIPES[args.kind], lr)}.")
+                run.report(stop, **held_out, **monitor(model.backbone, now=stop))
 
 
 if __name__ == "__main__":

@@ -231,10 +231,7 @@ def main(argv=None):
             run.record(loss=loss, std=output_std(z1))
 
             if run.epoch_ends:
-                row = run.report(**monitor(model.backbone))
-                if row["std"] < 0.5:
-                    run.say("  collapsing: all images give nearly the same output. Keep stop-gradient and predictor;\n"
-                            f"  if they are there, lower --lr (the rate per step is {lr:.3g}) or raise --batch-size.")
+                run.report(**monitor(model.backbone))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
     initialised(backbone, args) the weights of --init
     gather_with_gradient(z)     rows of all processes, and gradients back to them
     is_main()                   whether this process is the one that evaluates (more of processes: distributed.py)
-    rate_hint(...)              what to do about a loss at chance
     open_run(args, recipes)     a run, for a `with` statement. Its names, all that a method may use:
 
         args          the flags, complete                         dataset       pictures: classes, mean, std, splits
@@ -28,10 +27,10 @@ from harness import threads  # noqa: F401  # before the others, which import tor
 from harness.checkpoint import load as load_checkpoint
 from harness.command import command
 from harness.distributed import gather_with_gradient, is_main
-from harness.flags import check_stop, fill_flags, parse, rate_hint, training_parser
+from harness.flags import check_stop, fill_flags, parse, training_parser
 from harness.parser import number
 from harness.run import open_run
 from harness.weights import initialised, load_backbone
 
 __all__ = ["check_stop", "command", "fill_flags", "gather_with_gradient", "initialised", "is_main", "load_backbone",
-           "load_checkpoint", "number", "open_run", "parse", "rate_hint", "training_parser"]
+           "load_checkpoint", "number", "open_run", "parse", "training_parser"]

@@ -29,7 +29,7 @@ FIXED = ("data", "image_size", "stem", "width", "batch_size", "knn_split", "init
 # What does not belong to a recipe: where and how a run works, not what it computes.
 PLUMBING = {"method", "kind", "data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
             "views_png", "device", "amp", "compile", "save_every", "keep_every", "skip_unreadable", "knn_every",
-            "contents", "bf16_gain"}
+            "contents", "bf16_gain", "usual_step_lr"}
 
 
 def training_parser(file, doc, recipes, without=()):
@@ -177,7 +177,9 @@ def newest_run(args, given):
 
 
 def fill_flags(args, recipe):
-    """Give every flag that is still None its value from a table of defaults."""
+    """Give every flag that is still None its value from a table of defaults; keep the table's rate, for health.py."""
+    if {"lr", "batch_size"} <= recipe.keys():
+        args.usual_step_lr = recipe["lr"] * recipe["batch_size"] / 256
     for name, value in recipe.items():
         if name == "warmup_epochs":  # a run of fewer epochs than the table's warms up for a shorter while
             value = round(value * min(1, (args.epochs or recipe["epochs"]) / recipe["epochs"]), 3)
@@ -218,16 +220,3 @@ def note_changes(source, data, saved, splits):
     if changed and os.path.abspath(data or saved["data"]) == os.path.abspath(saved["data"]):
         source.description += pictures.lines_of("changed", f"images since this run was trained: {changed}; some that "
                                                            "it trained on may be validation images now")
-
-
-def rate_hint(args, recipe, lr):
-    """What to do about the rate of a run whose loss stays at chance, in words.
-
-    recipe  of this kind of data.  lr: the rate per step, after warm-up.
-    """
-    if args.warmup_epochs > args.epochs / 2:
-        return f"lower --warmup-epochs: {args.warmup_epochs:g} of {args.epochs} epochs are most of the run"
-    usual, flag = recipe["lr"] * recipe["batch_size"] / 256, "lr" if args.lr else "step-lr"
-    short = args.max_steps or args.epochs < recipe["epochs"]
-    return (f"{'lower' if lr >= usual else 'change'} --{flag} (the rate per step is {lr:.3g}) or "
-            f"{'train longer' if short else 'raise --warmup-epochs'}")

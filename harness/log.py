@@ -77,6 +77,7 @@ class Log:
         words = [f"epoch {epoch:>{width}}/{epochs}" if epoch else "untrained".ljust(7 + 2 * width)]
         words += [f"loss {row['loss']:7.4f}"] if epoch else []
         apart = {"epoch", "step", "seconds", "loss", "lr", "images_per_second", self.score}
+        apart |= {"rank", "agreement"} if row[self.score] is not None else set()  # those are for want of a score
         words += [f"{name} {value:.3f}" for name, value in figures.items() if name not in apart and name[:3] != "knn"]
         words += [f"{self.title} {row[self.score]:5.2f} %"] if row[self.score] is not None else []
         words += [f"{name[4:]} {value:5.2f} %" for name, value in figures.items() if name.startswith("knn_layer")]

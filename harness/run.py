@@ -13,7 +13,7 @@ import torch
 import common
 import pictures
 from common import UsageError
-from harness import checkpoint, distributed, flags
+from harness import checkpoint, distributed, flags, health
 from harness.command import Interrupted, Stop, out_of_memory
 from harness.folder import Folder
 from harness.log import Figures, Log, wrapped
@@ -170,6 +170,7 @@ class Run:
             self.untrained = self.reached
         if distributed.is_main():
             self.log.write(row, self.plan.epochs)
+            health.speak(self)
         return row
 
     def __enter__(self):

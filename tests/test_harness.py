@@ -71,23 +71,6 @@ def test_what_is_not_given_comes_from_the_recipe(given, filled):
     assert (args.epochs, args.warmup_epochs, args.lr) == filled and (args.lr_scaling is None) == (args.lr is None)
 
 
-@pytest.mark.parametrize("given, hint", [
-    ({}, "lower --lr (the rate per step is 0.6) or raise --warmup-epochs"),
-    ({"epochs": 99}, "lower --lr (the rate per step is 0.6) or train longer"),
-    ({"max_steps": 50}, "lower --lr (the rate per step is 0.6) or train longer"),
-    ({"lr": 0.01}, "change --lr (the rate per step is 0.02) or raise --warmup-epochs"),
-    ({"batch_size": 128}, "change --lr (the rate per step is 0.15) or raise --warmup-epochs"),  # small, not too high
-    ({"epochs": 3, "warmup_epochs": 10.0}, "lower --warmup-epochs: 10 of 3 epochs are most of the run"),
-    ({"lr": None, "step_lr": 0.6}, "lower --step-lr (the rate per step is 0.6) or raise --warmup-epochs"),
-    ({"lr": None, "step_lr": 0.5}, "change --step-lr (the rate per step is 0.5) or raise --warmup-epochs"),
-])
-def test_hints_at_chance_fit_the_run(given, hint):
-    args = dict(epochs=100, warmup_epochs=1.0, lr=0.3, step_lr=None, batch_size=512, max_steps=None)
-    args = argparse.Namespace(**args | given)
-    lr = args.step_lr or args.lr * args.batch_size / 256
-    assert harness.rate_hint(args, dict(epochs=100, lr=0.3, batch_size=512), lr) == hint
-
-
 @pytest.mark.parametrize("percent, chance, fix", [
     (0.95, 25, "did you mean 95?"), (0.95, 0.1, "did you mean 95?"), (1, 10, "did you mean 100?"),
     (25, 25, "take more"), (20, 25, "take more"), (0.2, 25, "take more"), (0.005, 0.1, "take more"),

@@ -90,7 +90,7 @@ def no_autocast():
 
 def make_monitor(dataset, k=200, said=None, **flags):
     """Monitor of a run that is before its first step; what the run says goes into the list `said`."""
-    args = types.SimpleNamespace(**dict(knn_split="val", knn_every=1, knn_k=k, knn_t=0.1) | flags)
+    args = types.SimpleNamespace(**dict(knn_split="val", knn_every=1, knn_k=k, knn_t=0.1, seed=0) | flags)
     say = (said if said is not None else []).append
     run = types.SimpleNamespace(args=args, dataset=dataset, device=torch.device("cpu"), autocast=no_autocast, say=say)
     run.epoch, run.last = 0, False
@@ -116,7 +116,7 @@ def test_monitor_leaves_the_network_as_it_was():
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
     again = monitor(backbone)
     assert again.pop("knn_seconds") > 0 and first.pop("knn_seconds") > 0
-    assert again == first and set(first) == {"knn", "knn_20", "knn_10"}
+    assert again == first and set(first) == {"knn", "knn_20", "knn_10", "rank", "agreement"}
 
 
 def test_monitor_counts_what_knn_predict_predicts():
@@ -149,9 +149,37 @@ def test_unlabelled_images_neither_vote_nor_count():
     assert len(monitor.bank) == 20 and monitor(common.ResNet18(width=4))["knn"] is not None
     unlabelled = make_dataset(train=make_split(9, torch.full((9,), -1)))
     said = []
-    assert make_monitor(unlabelled, said=said)(common.ResNet18(width=4)) == {"knn": None}
-    assert make_monitor(make_dataset(val=None), said=said)(common.ResNet18(width=4)) == {"knn": None}
+    for blind in (unlabelled, make_dataset(val=None)):
+        scores = make_monitor(blind, said=said)(common.ResNet18(width=4))
+        assert scores["knn"] is None and 1 <= scores["rank"] <= 9 and 0 <= scores["agreement"] <= 1
     assert said == ["note    no kNN: no labelled training images", "note    no kNN: no labelled val images"]
+
+
+@pytest.mark.parametrize("n, c", [(300, 16), (9, 24)])
+def test_effective_rank_equals_the_formula_of_the_singular_values(n, c):
+    g = torch.Generator().manual_seed(n)
+    z = torch.randn(n, c, generator=g) * torch.logspace(0, -3, c) + 0.3  # not centred
+    sigma = torch.linalg.svdvals(z.double())
+    p = sigma / sigma.sum() + 1e-7
+    assert knn.effective_rank(z) == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-5)
+    assert knn.effective_rank(torch.eye(c).repeat(2, 1)) == pytest.approx(c, rel=1e-4)  # orthogonal
+    assert knn.effective_rank(torch.outer(torch.rand(n, generator=g), z[0])) == pytest.approx(1, abs=1e-3)  # one way
+    assert knn.effective_rank(torch.zeros(n, c)) < 1.01
+
+
+def test_agreement_counts_partners_and_leaves_the_generators_alone(monkeypatch):
+    split, dataset = make_split(40), make_dataset()
+    network = torch.nn.Module()
+    network.forward = lambda x: {"pixels": x.flatten(1)}
+    before = torch.get_rng_state()
+    agree = [knn.agreement(network, split, dataset, torch.device("cpu"), no_autocast, seed) for seed in (0, 0, 1)]
+    assert agree[0] == agree[1] and torch.equal(torch.get_rng_state(), before)
+    shift, calls = 0, []
+    monkeypatch.setattr(knn, "pair_view", lambda images, *_, generator: (
+        calls.append(generator), images.float().roll(shift * (len(calls) % 2), 0))[1])
+    for shift, share in ((0, 1.0), (1, 0.0)):  # noqa: B007  # read by the view
+        assert knn.agreement(network, split, dataset, torch.device("cpu"), no_autocast, 0) == share
+    assert len(knn.some(make_split(2001), 1000)) == 667 and len(knn.some(split, 1000)) == 40
 
 
 def test_evaluations_are_due_before_the_first_step_after_so_many_epochs_and_after_the_last():
