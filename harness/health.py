@@ -34,7 +34,10 @@ class Facts:
         self.images = args.get("contents", {}).get("train", [0])[0]
         self.images = self.images or (trained[0]["step"] // trained[0]["epoch"] * batch if trained else batch)
         epoch_steps = max(1, self.images // batch)
-        self.total = min(args["epochs"] * epoch_steps, args.get("max_steps") or math.inf)
+        steps = args["epochs"] * epoch_steps
+        if args.get("minutes") and trained:  # as many as there will be at the pace so far
+            steps = trained[-1]["step"] * 60 * args["minutes"] / max(1e-9, trained[-1]["seconds"])
+        self.total = min(steps, args.get("max_steps") or math.inf)
         warmup = args["warmup_epochs"] / args["epochs"] * self.total
         self.first = math.ceil(warmup) + max(EVIDENCE, epoch_steps)
         self.rows = [row for row in trained if row["step"] >= self.first]

@@ -169,8 +169,7 @@ class Run:
         if not self.inside:
             self.untrained = self.reached
         if distributed.is_main():
-            self.log.write(row, self.plan.epochs)
-            health.speak(self)
+            tell(self, row)
         return row
 
     def __enter__(self):
@@ -313,6 +312,11 @@ def epoch_row(run, scores):
     row = {"epoch": run.epoch, "step": run.step + run.inside, "seconds": seconds(run), "loss": means.pop("loss", None),
            "lr": lr, "images_per_second": rate, run.log.score: scores.pop(run.log.score, None)}
     return row | means | scores
+
+
+def tell(run, row):
+    run.log.write(row, run.plan.epochs)
+    health.speak(run)
 
 
 def state_of(run):
