@@ -38,7 +38,7 @@ CASES = {  # name: (flags beside ARGS, rows, what is wrong, what must stand in t
     "90 steps": ({}, make_rows(accuracy=[0.002] * 6), None, ""),
     "105 steps": ({}, make_rows(accuracy=[0.002] * 7), "at chance", ""),
     "warming up": (dict(warmup_epochs=20.0), make_rows(accuracy=0.002), None, ""),
-    "a tenth of the minutes": (dict(warmup_epochs=10.0, minutes=1.0), make_rows(accuracy=0.002, seconds=line(3, 60)),
+    "a fifth of the minutes": (dict(warmup_epochs=20.0, minutes=1.0), make_rows(accuracy=0.002, seconds=line(3, 60)),
                                "at chance", ""),
     "warming up for ever": (dict(warmup_epochs=60.0), make_rows(accuracy=[0.002] * 80), "at chance",
                             "--warmup-epochs 10, now 60 of 100 epochs"),
