@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 import pictures
 from harness.log import Figures
+from harness.plan import Plan
 from harness.run import Run
 from pictures import batches
 
@@ -62,6 +63,7 @@ def train_on_nothing(tmp_path, monkeypatch, method, *flags):
 
     monkeypatch.setattr(Run, "steps", watched)
     monkeypatch.setattr(Figures, "due", lambda figures: False)  # once a second a loss is looked at, on purpose
+    monkeypatch.setattr(Plan, "due", lambda plan, step: False)  # and those of the first two steps, for their time
     monkeypatch.setattr(batches, "free_memory", lambda device: 1 << 40)  # so the images lie there
     monkeypatch.setattr(torch, "autocast", lambda kind, **rest: autocast("cpu" if kind == "meta" else kind, **rest))
     sgd = torch.optim.SGD  # "meta" has no fused kernels
