@@ -107,8 +107,8 @@ def network_flags(parser):
 def parse_args(argv=None):
     """The flags, and the checkpoint that it all starts from: that of the resumed run, or the pre-training run's."""
     parser = harness.training_parser(__file__, __doc__, RECIPES, without=(
-        "--data", "--data-root", "--image-size", "--stem", "--width", "--init", "--knn-every", "--knn-k", "--knn-t",
-        "--knn-split", "--views-png"))
+        "--data", "--data-root", "--recipe", "--image-size", "--stem", "--width", "--init", "--knn-every", "--knn-k",
+        "--knn-t", "--knn-split", "--views-png"))
     parser.set_defaults(save_every=None)
     network_flags(parser)
     add, real = parser.flag, functools.partial(harness.number, float)

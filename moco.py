@@ -85,6 +85,9 @@ RECIPES = {
     "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.03,
                    weight_decay=1e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
                    temperature=0.2, head="mlp", min_crop=0.2, blur=0.5, knn_every=5),
+    "paper": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.03,
+                  weight_decay=1e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
+                  temperature=0.2, head="mlp", min_crop=0.2, blur=0.5, knn_every=5),
 }
 # What --v1 takes instead, whatever the data.
 V1 = dict(temperature=0.07, head="linear", blur=0.0)

@@ -74,6 +74,8 @@ RECIPES = {
                   weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2, knn_every=5),
     "photos": dict(image_size=128, stem="imagenet", width=64, epochs=100, batch_size=128, lr=0.2,
                    weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2, knn_every=5),
+    "paper": dict(image_size=128, stem="imagenet", width=64, epochs=100, batch_size=128, lr=0.2,
+                  weight_decay=5e-4, warmup_epochs=0.0, schedule="steps", crop="resized", min_crop=0.2, knn_every=5),
 }
 
 

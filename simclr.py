@@ -91,6 +91,10 @@ RECIPES = {
                    weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.5, grey=0.2,
                    jitter_strength=1.0, temperature=0.1, hidden_dim=512, optimizer="lars",
                    lr_scaling="sqrt", knn_every=5),
+    "paper": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=1.2,
+                  weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.5, grey=0.2,
+                  jitter_strength=1.0, temperature=0.1, hidden_dim=512, optimizer="lars",
+                  lr_scaling="sqrt", knn_every=5),
 }
 
 

@@ -75,6 +75,8 @@ RECIPES = {
                   weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5, knn_every=5),
     "photos": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.05,
                    weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5, knn_every=5),
+    "paper": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.05,
+                  weight_decay=1e-4, warmup_epochs=0.0, proj_layers=3, min_crop=0.2, blur=0.5, knn_every=5),
 }
 
 

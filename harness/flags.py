@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +27,7 @@ SHAPES = {
     "photos": dict(image_size=128, stem="imagenet", width=64),
 }
 # What a resumed run cannot change; a program may name more, see parse().
-FIXED = ("data", "image_size", "stem", "width", "batch_size", "knn_split", "init")
+FIXED = ("data", "recipe", "image_size", "stem", "width", "batch_size", "knn_split", "init")
 # What does not belong to a recipe: where and how a run works, not what it computes.
 PLUMBING = {"method", "kind", "data", "data_root", "download", "cache", "out", "resume", "quiet", "tensorboard",
             "views_png", "device", "amp", "compile", "save_every", "keep_every", "skip_unreadable", "knn_every",
@@ -47,6 +49,8 @@ def training_parser(file, doc, recipes, without=()):
     add("--cache", "folder for packed pictures (default: in the user's cache folder)", type=path, default=None)
     add("--skip-unreadable", "go on without pictures that cannot be read; they are counted and listed",
         action="store_true")
+    add("--recipe", "paper: for photos the settings of the paper, not ours; list: print the defaults, and exit",
+        choices=("paper", "list"), default=None)
     add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone", type=whole(low=8))
     add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "
         "and runs out of memory", choices=("cifar", "imagenet"))
@@ -117,6 +121,9 @@ def parse(parser, argv, fixed=()):
         if unknown:
             raise UsageError(f"RECIPES[{kind!r}] has {unknown[0]!r}, and there is no flag "
                              f"--{unknown[0].replace('_', '-')}; add one, or take it out of the recipes")
+    if getattr(args, "recipe", None) == "list":
+        print("\n".join(recipe_table(parser.recipes)))
+        sys.exit()
     if args.tensorboard:
         tensorboard_writer()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
@@ -174,6 +181,37 @@ def newest_run(args, given):
         except (OSError, ValueError, KeyError):  # not a run of ours
             continue
     return max(found)[1] if found else None
+
+
+def recipe_table(recipes):
+    """Lines: a flag, and its default for each kind of data."""
+    names = dict.fromkeys(name for recipe in recipes.values() for name in recipe)
+    rows = [("", *recipes), *((f"--{name.replace('_', '-')}", *(recipe.get(name, "-") for recipe in recipes.values()))
+                              for name in names)]
+    return ["".join(f"{str(cell):{10 if i else 20}}" for i, cell in enumerate(row)).rstrip() for row in rows]
+
+
+def recipe_of(args, recipes, source):
+    """The defaults for a source, as its number of images bears them.
+
+    A batch is at most half of the images, MoCo's queue a quarter: the largest power of two, and the run says so.
+    raises  UsageError where there is no such recipe.
+    """
+    kind = "paper" if args.recipe == "paper" and source.kind not in ("cifar", "stl10") else source.kind
+    if kind not in recipes or (kind == "paper" and source.kind != "photos"):
+        raise UsageError(f"--recipe paper: {args.method}.py has none for --data {args.data}" if kind == "paper" else
+                         f"--data {args.data}: RECIPES of {args.method}.py has no entry for its kind, {kind!r}")
+    if kind not in ("photos", "cifar"):
+        return recipes[kind]
+    images = sum(source.splits["train"].counts)
+    most = {name: 2 ** int(math.log2(max(2, images // part))) for name, part in (("batch_size", 2), ("queue_size", 4))}
+    fewer = {name: size for name, size in most.items()
+             if size < recipes[kind].get(name, 0) and getattr(args, name) is None}
+    if fewer:
+        source.description += pictures.lines_of(
+            "note", f"{images:,} images: the default " + ", ".join(
+                f"--{name.replace('_', '-')} is {size}, not {recipes[kind][name]}" for name, size in fewer.items()))
+    return recipes[kind] | fewer
 
 
 def fill_flags(args, recipe):

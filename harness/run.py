@@ -34,9 +34,7 @@ def open_run(args, recipes, **derived):
     device, autocast, scaler = set_up(args)
     source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
     args.kind = source.kind
-    if source.kind not in recipes:
-        raise UsageError(f"--data {args.data}: RECIPES of {args.method}.py has no entry for its kind, {source.kind!r}")
-    flags.fill_flags(args, recipes[source.kind])
+    flags.fill_flags(args, flags.recipe_of(args, recipes, source))
     flags.check_batch(args, source)
     for name, value in derived.items():
         setattr(args, name, value())

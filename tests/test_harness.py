@@ -27,10 +27,11 @@ import harness
 import knn
 import pictures
 import simclr
+import simsiam
 from common import ResNet18, TwoCrops, UsageError
 from harness import checkpoint, folder
 from harness.command import Interrupted
-from harness.flags import SHAPES
+from harness.flags import SHAPES, recipe_of, recipe_table
 from harness.folder import read_metrics
 from harness.parser import Parser, path
 from harness.run import Run, set_up
@@ -602,7 +603,7 @@ def test_a_whole_module_is_refused_with_the_fix(tmp_path):
 def test_a_network_without_a_run_is_shaped_as_in_the_recipes():
     for name in ("simsiam", "moco", "simclr", "rotnet"):
         for kind, recipe in importlib.import_module(name).RECIPES.items():
-            assert SHAPES[kind].items() <= recipe.items(), (name, kind)
+            assert SHAPES[{"paper": "photos"}.get(kind, kind)].items() <= recipe.items(), (name, kind)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -872,6 +873,44 @@ def test_recipes_and_flags_that_do_not_match_are_refused():
     parser.flag("--lambd", "weight of what is not on the diagonal", type=harness.number(float, above=0))
     assert harness.parse(parser, []).lambd is None
     assert "(default: toy 0.01, photos 0.005)" in " ".join(parser.format_help().split())
+
+
+def test_recipe_list_prints_a_table_of_the_defaults(capsys):
+    both = {"toy": dict(lr=0.1, batch_size=4), "photos": dict(lr=0.25, batch_size=8, queue=2)}
+    assert recipe_table(both) == ["                    toy       photos", "--lr                0.1       0.25",
+                                  "--batch-size        4         8", "--queue             -         2"]
+    with pytest.raises(SystemExit) as end:
+        simsiam.parse_args(["--recipe", "list"])
+    out = capsys.readouterr().out.splitlines()
+    assert end.value.code in (0, None) and out[0].split() == ["toy", "cifar", "stl10", "photos", "paper"]
+    assert max(map(len, out)) < 80 and any(line.startswith("--min-crop") for line in out)
+
+
+@pytest.mark.parametrize("flags, lr", [((), 6.4), (("--recipe", "paper"), 3.2), (("--recipe=paper", "--lr", "1"), 1.0)])
+def test_recipe_paper_takes_the_papers_settings_for_photos(start, flags, lr):
+    both = RECIPES | {"paper": RECIPES["photos"] | {"lr": 3.2}}
+    with start(*flags, "--out", "run", recipes=both) as run:
+        assert run.args.lr == lr
+
+
+def test_recipe_paper_where_there_is_none_is_refused(start):
+    with pytest.raises(UsageError, match="--recipe paper: test_harness.py has none"):
+        start("--recipe", "paper", "--out", "run")
+
+
+@pytest.mark.parametrize("images, batch, queue", [(48, 16, 8), (500, 128, 64), (513, 256, 128), (70_000, 256, 4096)])
+def test_few_images_make_a_small_batch_and_queue(images, batch, queue):
+    source = types.SimpleNamespace(kind="photos", description=[], splits={"train": pictures.Items(
+        [], [], counts=(0, images))})
+    args = types.SimpleNamespace(recipe=None, batch_size=None, queue_size=None)
+    table = {kind: dict(batch_size=256, queue_size=4096) for kind in ("photos", "paper")}
+    assert recipe_of(args, table, source) == dict(batch_size=batch, queue_size=queue)
+    assert f"--queue-size is {queue}, not 4096" in " ".join(" ".join(source.description).split()) or queue == 4096
+    args.batch_size, source.description = 40, []  # given: not said again
+    recipe_of(args, table, source)
+    assert "--batch-size" not in " ".join(source.description)
+    args.recipe = "paper"
+    assert recipe_of(args, table, source) == dict(batch_size=256, queue_size=4096)
 
 
 def test_data_of_a_kind_without_a_recipe_is_refused(start):

@@ -1,0 +1,105 @@
+"""Run a list of trainings, one after the other, and keep what each reached.
+
+    python bench/runs.py results/photos.txt --data ../shared/photos
+
+Each line of the list is `NAME METHOD.py FLAGS`; what stands after # is left out, and DATA stands for --data. The runs
+lie in runs/LIST/NAME, where an interrupted one goes on; those that are done are skipped, so several of these programs
+may work on one list at a time. A row a run in LIST.jsonl, beside the list: command, commit, machine, seconds, the last
+row of the run's metrics, kNN before training, and kNN of the training images by leave-one-out (each against all others:
+more images than a validation split has, so less noise).
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import harness.threads  # noqa: E402, F401, I001  # before torch
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import knn  # noqa: E402
+from harness.folder import read_metrics  # noqa: E402
+from harness.parser import Parser  # noqa: E402
+
+
+def leave_one_out(features, labels, classes, ks=(20, 200)):
+    """{"loo_20": percent, ...}: top-1 of every labelled row, its neighbours being all others. (N, C), (N,) tensors."""
+    features, labels = features[labels >= 0], labels[labels >= 0]
+    similarity, rows = knn.nearest(features, features, min(max(ks) + 1, len(labels)))
+    itself = rows == torch.arange(len(rows))[:, None]
+    itself[~itself.any(dim=1), -1] = True  # hidden behind copies of itself: leave out the last
+    similarity, rows = (x[~itself].view(len(labels), -1) for x in (similarity, rows))
+    right = {k: knn.vote(similarity[:, :k], rows[:, :k], labels, classes, 0.1).argmax(dim=1) == labels for k in ks}
+    return {f"loo_{k}": round(100.0 * hits.double().mean().item(), 2) for k, hits in right.items()}
+
+
+def machine():
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model or platform.machine()} CPU"
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def score(run, environment):
+    """{"loo_20": ...} of a finished run, or {} where its training images have no labels."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "train.npz"
+        subprocess.run([sys.executable, str(ROOT / "knn.py"), "--checkpoint", str(run / "last.pt"), "--split", "train",
+                        "--features", str(file)], check=True, env=environment, stdout=subprocess.DEVNULL)
+        found = np.load(file)
+        features, labels = torch.from_numpy(found["features"]), torch.from_numpy(found["labels"])
+        return leave_one_out(features, labels, len(found["classes"])) if int(labels.amax()) >= 0 else {}
+
+
+def one(name, command, run, data, out):
+    method, *flags = (word if word != "DATA" else data for word in shlex.split(command))
+    flags = ["--resume", str(run)] if (run / "last.pt").exists() else [*flags, "--out", str(run)]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    print(f"{name}: python {method} {' '.join(flags)}", flush=True)
+    command_line = [sys.executable, str(ROOT / method), *flags, "--quiet"]
+    with open(f"{run}.log", "a") as log:
+        code = subprocess.run(command_line, stdout=log, stderr=log).returncode
+    rows = read_metrics(run)
+    record = {"name": name, "command": command, "commit": commit.strip(), "machine": machine(), "code": code}
+    if code == 0:
+        record |= {"untrained": rows[0].get("knn"), **rows[-1], **score(run, os.environ)}
+    with open(out, "a") as file:
+        print(json.dumps(record), file=file)
+    print(f"{name}: " + (f"loo {record.get('loo_20')}, kNN {record['untrained']} -> {record['knn']}, "
+                         f"{record['seconds']:.0f} s" if code == 0 else f"exit code {code}, see {run}.log"), flush=True)
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("list", type=Path, help="the file of commands")
+    parser.add_argument("--data", required=True, help="what DATA stands for")
+    args = parser.parse_args(argv)
+    out, folder = args.list.with_suffix(".jsonl"), ROOT / "runs" / args.list.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:  # the list may have grown meanwhile
+        lines = [line.split("#")[0].strip() for line in args.list.read_text().splitlines()]
+        done = {json.loads(line)["name"] for line in out.read_text().splitlines()} if out.exists() else set()
+        todo = [line.split(maxsplit=1) for line in lines if line and line.split()[0] not in done]
+        for name, command in todo:
+            with open(folder / f"{name}.lock", "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    continue  # another of these programs is at it
+                if out.exists() and any(json.loads(line)["name"] == name for line in out.read_text().splitlines()):
+                    continue
+                one(name, command, folder / name, args.data, out)
+                break
+        else:
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
