@@ -603,7 +603,8 @@ def json_file(text):
 @harness.command
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to measure")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
+                        help=f"what to measure: {', '.join(SECTIONS)}")
     parser.add_argument("--quick", action="store_true", help="3 turns instead of 11, of less, in four minutes")
     parser.add_argument("--device", default="auto", help="of all but views and packing")
     parser.add_argument("--size", type=number(int, low=8), default=32, help="of training and whole: pixels a side")

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -40,8 +41,9 @@ def training_parser(file, doc, recipes, without=()):
     file     __file__ of the program: its name is the method's.  doc: __doc__.
     recipes  the method's table of defaults: kind of data -> flag -> value.
     """
-    parser = Parser(doc, recipes)
+    parser = Parser(re.split("\nS(?:ymbols|ources) ", doc)[0], recipes)
     parser.set_defaults(method=Path(file).stem)
+    parser.usage, parser.title = "%(prog)s [flags]", "data"
     add, whole, real = partial(_add, parser, without), partial(number, int), partial(number, float)
     add("--data", f"folder of pictures, or {', '.join(pictures.NAMED_DATA)}", type=path, default="toy")
     add("--data-root", "where cifar10 ... food101 lie or are downloaded to", type=path, default="./data")
@@ -49,20 +51,20 @@ def training_parser(file, doc, recipes, without=()):
     add("--cache", "folder for packed pictures (default: in the user's cache folder)", type=path, default=None)
     add("--skip-unreadable", "go on without pictures that cannot be read; they are counted and listed",
         action="store_true")
+    parser.title = "recipe"
     add("--recipe", "paper: for photos the settings of the paper, not ours; list: print the defaults, and exit",
         choices=("paper", "list"), default=None)
     add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone", type=whole(low=8))
     add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "
         "and runs out of memory", choices=("cifar", "imagenet"))
     add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))
-    length = parser.add_mutually_exclusive_group()
+    length, rates = (parser.group("recipe").add_mutually_exclusive_group() for _ in range(2))
     add("--epochs", "passes over the training images", type=whole(low=1), action=Epochs, group=length)
     add("--minutes", "instead of --epochs: as many steps as fit, the learning rate's schedule fitted to them while the "
         "run goes on. It counts from the first step's preparations to the last evaluation, like `seconds` in "
         "metrics.jsonl, interruptions left out; starting, packing pictures and what linear.py does last come on top",
         type=real(above=0), default=None, group=length)
     add("--batch-size", "images per step", type=whole(low=2))
-    rates = parser.add_mutually_exclusive_group()
     add("--lr", "learning rate per 256 images; that of a step is in proportion to the batch size; too high: the loss "
         "stays at chance or turns NaN", type=real(above=0), action=Rate, group=rates)
     add("--step-lr", "instead of --lr: the learning rate per step, whatever the batch size, as most articles give it",
@@ -71,7 +73,9 @@ def training_parser(file, doc, recipes, without=()):
     add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs; with "
         "--minutes the same share of the run as of the default --epochs",
         type=real(low=0))
+    parser.title = "run"
     _run_flags(add, whole, real)
+    parser.title = f"of {Path(file).name} alone"
     return parser
 
 

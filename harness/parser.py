@@ -6,6 +6,7 @@ import operator
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from common import UsageError, printable
@@ -37,6 +38,18 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
+def narrow(doc):
+    """A docstring in lines of at most 78 columns; what stands behind "Title   " or is indented keeps its place."""
+    items = [[0, ""]]
+    for line in doc.strip().splitlines():
+        indent, title = len(line) - len(line.lstrip()), re.match(r"\S+(?: \S+)* {2,}(?=\S)", line)
+        if line and items[-1][1] and (indent > 4 or not (indent or title or items[-1][0])):
+            items[-1][1] += " " + line.strip()
+        else:
+            items.append([title.end() if title else indent, line])
+    return "\n".join(textwrap.fill(text, 78, subsequent_indent=" " * place) for place, text in items[1:])
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and flags whose default depends on the data.
 
@@ -44,8 +57,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description, recipes=None):
-        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
-        self.recipes = recipes or {"": {}}
+        super().__init__(description=narrow(description), formatter_class=Help, allow_abbrev=False)
+        self.recipes, self.title = recipes or {"": {}}, None  # of the group of flags that are added now
 
     def flag(self, flag, meaning, recipes=None, group=None, **kind):
         """add_argument(flag, ...) whose help also says what each kind of data takes by default.
@@ -59,7 +72,12 @@ class Parser(argparse.ArgumentParser):
         elif not {"default", "action"} & kind.keys():
             raise UsageError(f"{flag}: this flag has no default, and RECIPES[{lacking[0]!r}] has no {name!r}; give it "
                              "one of the two (default=None, if it may be left out)")
-        (group or self).add_argument(flag, help=meaning, **kind)
+        title = "ablations" if meaning.startswith("ablation") else self.title
+        (group or (self.group(title) if title else self)).add_argument(flag, help=meaning, **kind)
+
+    def group(self, title):
+        """The flags below this title in the help; made where there are none yet."""
+        return next((g for g in self._action_groups if g.title == title), None) or self.add_argument_group(title)
 
     def error(self, message):  # argparse prints the whole usage first
         complain(f"{self.prog}: error: {printable(message)}", 2)

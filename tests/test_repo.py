@@ -157,6 +157,19 @@ def test_requirements_are_ranges():
     assert all(">=" in line and "==" not in line for line in lines)
 
 
+@pytest.mark.parametrize("program", ["simsiam", "moco", "linear", "knn", "predict", "plot", "export", "bench/run"])
+def test_help_fits_a_terminal(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / f"{program}.py"))["main"](["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and text.count("--") > 2
+    if program in ("simsiam", "moco"):
+        assert "Idea" in text and "Departures" not in text
+        assert re.findall(r"^(\w.*):$", text, re.M) == ["options", "data", "recipe", "run", f"of {program}.py alone",
+                                                        "ablations"]
+
+
 def test_commands_of_the_readme_exist(capsys):
     """Every file that README and docs run is there, and every flag they give is one of that file's."""
     text = "".join(page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]).replace("\\\n", " ")
