@@ -4,6 +4,7 @@
     python plot.py runs/moco-... runs/simsiam-... --against seconds
     python plot.py runs/tuned runs/scratch --labels "pre-trained" "from scratch"
 
+    python plot.py runs/moco-... --reference         (over a run that went well: is my loss normal?)
     python plot.py runs/moco-... --diagnose          (no picture: is the run well, and if not, what to change)
 
 Reads only what a run keeps beside its checkpoints (metrics.jsonl, args.json),
@@ -44,6 +45,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 # Flags that say where and how often, not what was trained: they never tell two runs apart.
 PLUMBING = flags.PLUMBING - {"data", "device", "amp", "compile"} | {"way", "test", "eval_every", "stop_at_accuracy"}
 
+REFERENCES = Path(__file__).parent / "results" / "reference"  # METHOD-KIND.jsonl: a line args.json, then metrics.jsonl
+
 Run = collections.namedtuple("Run", "folder args rows")
 
 
@@ -57,6 +60,19 @@ def read_run(folder):
     if not found:
         raise common.UsageError(f"{folder}: not a run folder with figures; the first come with the end of an epoch")
     return run
+
+
+def read_references(runs):
+    """The reference of every method and kind of data in `runs`; raises UsageError where there is none."""
+    names, found = dict.fromkeys(f"{run.args['method']}-{run.args.get('kind')}" for run in runs), []
+    for name in names:
+        file = REFERENCES / f"{name}.jsonl"
+        if not file.exists():
+            there = ", ".join(sorted(other.stem for other in REFERENCES.glob("*.jsonl"))) or "none"
+            raise common.UsageError(f"--reference: there is none for {name.replace('-', ' on ')}; there are: {there}")
+        args, *rows = map(json.loads, file.read_text().splitlines())
+        found.append(Run(str(file), args, rows))
+    return found
 
 
 def flag_text(name, value):
@@ -141,6 +157,8 @@ def parse_args(argv):
     add("--out", type=path, default="curves.png", help="file to write, ending in .png, .pdf or .svg")
     add("--against", choices=("epochs", "seconds"), default="epochs", help="horizontal axis; time is in minutes")
     add("--labels", nargs="+", metavar="NAME", help="names for the legend, one per run, in their order")
+    add("--reference", action="store_true", help="beside them the run of the same method and kind of data in "
+        "results/reference")
     add("--diagnose", action="store_true", help="instead of curves: is a run well, by which figures, what to change")
     args = parser.parse_args(argv)
     if not args.out.lower().endswith((".png", ".pdf", ".svg")):
@@ -162,7 +180,10 @@ def main(argv=None):
                 raise common.UsageError(f"{run.folder}: args.json or metrics.jsonl lacks {error}") from None
             print("\n".join(f"{run.folder}: {line}" for line in lines))
         return
-    labels = args.labels or make_labels(runs)
+    references = read_references(runs) if args.reference else []
+    labels = make_labels(runs + references)
+    labels = (args.labels or labels[: len(runs)]) + [f"reference: {label}" for label in labels[len(runs):]]
+    runs += references
     try:
         draw(runs, labels, args.against).savefig(args.out)
     except ImportError:

@@ -210,6 +210,28 @@ def test_wrong_uses_end_in_one_clear_line(matplotlib, make_run, tmp_path, capsys
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_the_reference_stands_beside_a_run(matplotlib, make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "REFERENCES", tmp_path / "known")
+    run, good = make_run("a", kind="toy"), make_run("b", kind="toy", lr=0.2, losses=(-0.3, -0.9))
+    (tmp_path / "known").mkdir()
+    (tmp_path / "known" / "simsiam-toy.jsonl").write_text((good / "args.json").read_text() + "\n"
+                                                          + (good / "metrics.jsonl").read_text())
+    assert plot.main([str(run), "--reference"]) is None
+    assert capsys.readouterr().out == "wrote curves.png: simsiam, lr 0.1; reference: simsiam, lr 0.2\n"
+    runs = [plot.read_run(run)]
+    _, reference = panels(plot.draw(runs + plot.read_references(runs), ["", ""]))["loss"]
+    assert reference[2] == [-0.3, -0.9]
+    with pytest.raises(SystemExit) as end:
+        plot.main([str(make_run("c", "moco", kind="photos")), "--reference"])
+    assert end.value.code == 2 and "none for moco on photos; there are: simsiam-toy" in capsys.readouterr().err
+
+
+def test_every_reference_is_a_run_of_its_name():
+    for file in plot.REFERENCES.glob("*.jsonl"):
+        args, *rows = map(json.loads, file.read_text().splitlines())
+        assert file.stem == f"{args['method']}-{args['kind']}" and rows[0]["epoch"] == 0 and rows[-1]["knn"] > 0
+
+
 def test_without_matplotlib_one_line_says_what_to_install(make_run, monkeypatch, capsys):
     make_run("a")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
