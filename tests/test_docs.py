@@ -165,10 +165,11 @@ def by_hand(name):
                       for line in re.search(r"^\| image.*?(?=\n\n)", section, flags=re.M | re.S)[0].splitlines()]
     for column, *cells in list(zip(head, *rows, strict=True))[1:]:
         inputs[column] = torch.tensor([evaluate(cell) for cell in cells], dtype=torch.float64, requires_grad=True)
-    for key, arithmetic, value in re.findall(r"^\| `(\w+)` \|.*\| `([^`]+)` \| (-?\d+\.\d{4}) \|$", section, flags=re.M):
+    lines = re.findall(r"^\| `(\w+)` \|.*\| `([^`]+)` \| (-?\d+\.\d{4}) \|$", section, flags=re.M)
+    for key, arithmetic, value in lines:
         values[key] = evaluate(arithmetic, values)
         assert abs(values[key] - float(value)) < 5.1e-5, f"{name}: {key} = {values[key]}, not {value}"
-    assert len(values) == len(re.findall(r"^\| `", section, flags=re.M)) > 10
+    assert len(values) == len(lines) == len(re.findall(r"^\| `", section, flags=re.M)) > 10
     return inputs, values
 
 
