@@ -14,7 +14,14 @@ test: .venv/installed
 # The tests of what is optional, with the packages that it wants: -rs says what is skipped even so.
 check: .venv/extras
 	.venv/bin/python -m pytest -rs tests/test_plot.py tests/test_export.py tests/test_knn.py tests/test_articles.py \
-	    tests/test_tensorboard.py
+	    tests/test_tensorboard.py tests/test_docs.py
+
+# The code in docs/papers.md anew from the four files; and that page in two columns, site/index.html.
+docs: .venv/installed
+	.venv/bin/python docs/build.py
+
+site: .venv/extras docs
+	.venv/bin/python docs/page.py
 
 lint: .venv/linting
 	.venv/bin/ruff check .
@@ -26,11 +33,11 @@ lint: .venv/linting
 	touch $@
 
 .venv/extras: .venv/installed pyproject.toml
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check '.[plot,tensorboard,peers]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check '.[plot,tensorboard,peers,docs]'
 	touch $@
 
 .venv/linting: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.6'
 	touch $@
 
-.PHONY: demo test check lint
+.PHONY: demo test check docs site lint

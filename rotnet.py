@@ -203,7 +203,7 @@ def focal_loss(logits, y, gamma=0.0, alpha=1.0):
     Source   Gidaris et al. 2018, Eq. 3; Lin et al. 2017, Eq. 5.
     """
     # p_t is the probability of the true rotation: F^y(g(x | y)).
-    log_p = F.log_softmax(logits.float(), dim=1).gather(1, y[:, None]).squeeze(1)          # (M,)
+    log_p = F.log_softmax(logits.float(), dim=1).gather(1, y[:, None]).squeeze(1)          # (M,)   [E3]
     if gamma == 0:
         # loss(X) = - 1/K sum_y log F^y( g(X | y) )                                               [E3]
         return -alpha * log_p.mean()

@@ -202,8 +202,8 @@ def similarities(z1, z2):
         raise ValueError(f"z1 and z2 must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
     # float32 even inside autocast: bf16 keeps 8 bits, and differences of 0.01 / T decide between negatives.
     with torch.autocast(z1.device.type, enabled=False):
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                # (2N, D)
-        s = (z @ z.T).fill_diagonal_(-math.inf)                            # (2N, 2N)
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                # (2N, D)                 [E1]
+        s = (z @ z.T).fill_diagonal_(-math.inf)                            # (2N, 2N)                [E1]
     return s, torch.arange(len(z), device=z.device).roll(len(z1))
 
 
