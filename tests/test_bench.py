@@ -112,5 +112,11 @@ def test_a_race_ends_at_its_target_or_with_its_run(race, tmp_path):
     done = race("--target", "1", *flags)  # the untrained network is better than that
     assert done.returncode == 0 and "1 % after" in done.stdout
     assert [row["epoch"] for row in json.loads((tmp_path / "race/race.json").read_text())["rows"]] == [0]
+    (tmp_path / "race").rename(tmp_path / "second")
+    done = race("--target", "1", "--final", *flags)  # its end alone counts
+    assert done.returncode == 0 and "1 % after" in done.stdout
+    assert [row["epoch"] for row in json.loads((tmp_path / "race/race.json").read_text())["rows"]] == [0, 1]
+    assert json.loads((tmp_path / "race/run/args.json").read_text())["knn_t"] == 1000  # votes weigh the same
+    assert (tmp_path / "race/run/last.pt").exists()
     wrong = race("--target", "1", "--", "nothing.py")
     assert wrong.returncode == 2 and "no such program" in wrong.stderr
