@@ -46,6 +46,7 @@ class LightlyMoCo(nn.Module):
         from lightly.models import utils
         from lightly.models.modules import MoCoProjectionHead
         from lightly.transforms import MoCoV2Transform
+        # One view asks the other, as in its example and in moco.py; its benchmark has both directions.
         self.utils, self.m = utils, recipe["momentum_encoder"]
         self.transform = MoCoV2Transform(input_size=SIZE, gaussian_blur=0.0, normalize=dict(mean=mean, std=std))
         self.backbone, self.head = backbone, MoCoProjectionHead(backbone.dim, backbone.dim, 128)
