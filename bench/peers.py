@@ -1,0 +1,407 @@
+"""The same job done by this project and by what people use today, on the same machine.
+
+    python bench/peers.py speed    --data-root DIR --out runs/peers
+    python bench/peers.py accuracy --data-root DIR --out runs/peers [--images 500000 | --minutes 30]
+
+Peers       lightly   its SimCLR, MoCo v2 and SimSiam: its transforms, heads, losses, momentum update and memory bank
+            plain     SimCLR and RotNet as commonly written in one file: torchvision's transforms on PIL images
+            Both read a torch DataLoader. See bench/rivals.py.
+Same        the network (common.ResNet18, cifar stem) and its first weights, batch, number of images; SGD with momentum
+            0.9 (RotNet: Nesterov), learning rate, warm-up, cosine, weight decay; temperature, MoCo's queue and m
+Own         views, heads, losses, MoCo's BatchNorm groups (eight on both sides); lightly's SimSiam has the cosine for
+            its predictor too, ours keeps that rate constant
+speed       images/s of whole steps (data, views, forward, backward, optimiser), beside those of the bare network: ours,
+            forward, backward and optimiser on a batch that is there. The sides take short turns. A peer's workers live
+            in its turns only, and what they prepare before the clock runs is used up by then. float32; then the best of
+            each side: bf16 where common.bf16_gain() finds that it pays, and channels_last for the peers
+accuracy    kNN (k 10 and 200) of the test split, from checkpoints, by the same code for both sides, when a training is
+            over: no minute has an evaluation in it, nor imports, nor the packing of pictures. A peer's loader starts
+            anew --legs times an epoch
+
+The threads are those of OMP_NUM_THREADS; a peer's --workers are processes beside them, ours has none: `taskset -c`
+gives both sides the same cores. What harness/threads.py sets, the peers have too.
+
+--out has speed.json, accuracy.json, accuracy.png (with matplotlib) and the runs. What is complete there is not run
+again: the same command goes on where it was stopped, or killed, a training from its last checkpoint.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from rivals import PEERS, SIZE, Endless, Peer  # noqa: E402
+from run import METHODS, optional, parts_of_a_step  # noqa: E402
+
+import common  # noqa: E402
+import harness  # noqa: E402
+import knn  # noqa: E402
+import pictures  # noqa: E402
+from harness import parser  # noqa: E402
+from harness.checkpoint import save  # noqa: E402
+from harness.run import Run  # noqa: E402
+
+# Of both sides. lr per 256 images: 0.12 and 0.06 as in lightly's CIFAR-10 benchmark, 0.2 as in RotNet's paper.
+RECIPES = {
+    "simclr": dict(lr=0.12, weight_decay=5e-4, temperature=0.5),
+    "moco": dict(lr=0.12, weight_decay=5e-4, temperature=0.1, queue_size=4096, momentum_encoder=0.99),
+    "simsiam": dict(lr=0.06, weight_decay=5e-4),
+    "rotnet": dict(lr=0.2, weight_decay=5e-4),
+}
+OURS = {"simclr": ["--optimizer", "sgd", "--lr-scaling", "linear"], "moco": ["--head", "mlp"], "simsiam": [],
+        "rotnet": ["--schedule", "cosine"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# The two sides
+# ------------------------------------------------------------------------------------------------
+
+
+def recipe_of(method, args):
+    given = {name: getattr(args, name, None) for name in RECIPES[method]}
+    return {name: RECIPES[method][name] if value is None else value for name, value in given.items()}
+
+
+def our_command(method, args, amp, out):
+    values = {**recipe_of(method, args), "data": args.data, "data_root": args.data_root, "cache": args.cache,
+              "image_size": SIZE, "stem": "cifar", "width": args.width, "batch_size": args.batch_size,
+              "seed": args.seed, "amp": amp, "device": args.device, "knn_split": "test", "knn_every": 0,
+              "save_every": "5min", "out": out}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+    return [str(ROOT / f"{method}.py"), *words, *OURS[method], "--quiet"]
+
+
+def first_backbone(method, args):
+    """The network that the method's own program begins with."""
+    common.seed_everything(args.seed)
+    return common.ResNet18(width=args.width, zero_init_residual=method in ("simclr", "simsiam"))
+
+
+def peer_of(pair, args, *rest):
+    method = pair.split("-")[0]
+    return Peer(pair, first_backbone(method, args), recipe_of(method, args), args, *rest)
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fast_precision(args, device):
+    return "bf16" if device.type == "cuda" else common.faster_precision(common.bf16_gain(args.width))
+
+
+# ------------------------------------------------------------------------------------------------
+# speed
+# ------------------------------------------------------------------------------------------------
+
+
+def measure_speed(pair, args, dataset, device):
+    """{precision: {side: [seconds of a step, one figure a turn]}}."""
+    return {amp: seconds_in_turns(pair, args, dataset, device, amp)
+            for amp in dict.fromkeys(["off", fast_precision(args, device)])}
+
+
+def seconds_in_turns(pair, args, dataset, device, amp):
+    method, plain, times, others = pair.split("-")[0], Run.steps, {}, {}
+
+    def timed(step):
+        start = now(device)
+        for _ in range(args.steps):
+            step()
+        return (now(device) - start) / args.steps
+
+    def turn_of(peer):
+        batches = iter(peer.loader(sampler=Endless(len(dataset.train))))
+        for _ in range(2 * args.workers + 1):  # as many as the loader prepares in advance, and one
+            peer.step(next(batches))
+        return timed(lambda: peer.step(next(batches)))
+
+    def begin(run, images):
+        parts = parts_of_a_step(method, METHODS[method], run.args, device, run.autocast, images)
+        others["bare"] = lambda: timed(lambda: (parts["network"](), parts["optimizer"]()))
+        for name in ("peer", "peer, channels_last"):
+            if name == "peer" or pair != "moco-lightly":  # whose SplitBatchNorm knows no other layout
+                layout = torch.channels_last if "," in name else torch.preserve_format
+                others[name] = functools.partial(turn_of, peer_of(pair, args, dataset, device, amp, layout))
+        return {}
+
+    def watched(run):
+        """The method's own steps; between its turns come those of the others."""
+        start = None
+        for i, batch in enumerate(plain(run)):
+            turn, within = divmod(i, args.steps)
+            if within == 0:
+                taken = {"ours": (now(device) - start) / args.steps} if turn else begin(run, batch[0])
+                for name, seconds in {**taken, **{name: work() for name, work in others.items()}}.items():
+                    times.setdefault(name, []).append(seconds)
+                if turn <= 1:  # all have warmed up
+                    times.clear()
+                start = now(device)
+            yield batch
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Run, "steps", watched):
+        steps = (args.rounds + 1) * args.steps + 1
+        METHODS[method].main([*our_command(method, args, amp, f"{folder}/run")[1:], f"--max-steps={steps}"])
+    return times
+
+
+def print_speed(results, args):
+    print(f"\n{'images/s, medians':<30}{'bare':>7}{'ours':>7}{'peer':>7}  ours/bare ours/peer")
+    for pair, by_amp in results.items():
+        table = [(f"{pair}, float32", {side: ("", by_amp["off"][side]) for side in ("bare", "ours", "peer")})]
+        every = [(f"{amp.replace('off', 'float32')}{name.removeprefix('peer')}", name, times)
+                 for amp, sides in by_amp.items() for name, times in sides.items()]
+        best = {side: min(((how, times) for how, name, times in every if name.startswith(side)),
+                          key=lambda one: statistics.median(one[1])) for side in ("bare", "ours", "peer")}
+        table.append((f"  best: {best['peer'][0]}", best))
+        for what, sides in table:
+            bare, ours, peer = (statistics.median(sides[side][1]) for side in ("bare", "ours", "peer"))
+            ratios = [b / a for a, b in zip(sides["ours"][1], sides["peer"][1], strict=True)]
+            rates = "".join(f"{args.batch_size / seconds:7,.0f}" for seconds in (bare, ours, peer))
+            print(f"{what:<30}{rates}{bare / ours:11.2f}{statistics.median(ratios):6.2f}"
+                  f" ({min(ratios):.2f}-{max(ratios):.2f})")
+
+
+# ------------------------------------------------------------------------------------------------
+# accuracy
+# ------------------------------------------------------------------------------------------------
+
+
+def train_ours(method, args, dataset, folder):
+    """The method's own program, as a user starts it."""
+    command = [*our_command(method, args, args.amp, folder), f"--keep-every={args.every}"]
+    if (folder / "last.pt").exists():
+        command = [command[0], f"--resume={folder}", "--quiet"]
+    elif args.minutes:
+        whole = METHODS[method].RECIPES[dataset.kind]["epochs"]  # of which the warm-up is a share
+        command += [f"--minutes={args.minutes}", f"--warmup-epochs={args.warmup * whole}"]
+    else:
+        steps = max(1, args.images // args.batch_size)
+        epochs = math.ceil(steps / (len(dataset.train) // args.batch_size))
+        command += [f"--max-steps={steps}", f"--epochs={epochs}", f"--warmup-epochs={args.warmup * epochs}"]
+    process = subprocess.Popen([sys.executable, *command], start_new_session=True)  # Ctrl-C comes here alone
+    try:
+        if process.wait():
+            raise common.UsageError(f"{method}.py ended with exit code {process.returncode}; its own message says why")
+    finally:
+        process.terminate()  # where this program was told to stop: it saves first
+        process.wait()
+
+
+def train_peer(pair, args, dataset, device, folder):
+    """A plain loop, with checkpoints as ours makes them."""
+    peer, last = peer_of(pair, args, dataset, device, args.amp), folder / "last.pt"
+    ours = pictures.Batches(dataset.train, args.batch_size, seed=args.seed)
+    limit = 60 * args.minutes if args.minutes else math.inf
+    total = 10_000 if args.minutes else max(1, args.images // args.batch_size)  # with --minutes, parts of the time
+    schedule = common.LRScheduler(peer.optimizer, peer.lr, total, round(args.warmup * total))
+    step, seconds = 0, 0.0
+    if last.exists():
+        saved = torch.load(last, map_location=device, weights_only=True)
+        step, seconds = saved["step"], saved["seconds"]
+        peer.optimizer.load_state_dict(saved["optimizer"])
+        with torch.no_grad():
+            for name, tensor in peer.tensors().items():
+                tensor.copy_(saved["tensors"][name])
+    while seconds < limit and (args.minutes or step < total):
+        # A leg has its own random numbers: a resumed run draws those of one that was never stopped.
+        (epoch, first), seed = divmod(step, len(ours)), (1_000_003 * args.seed + step) % 2**32
+        common.seed_everything(seed)
+        np.random.seed(seed)
+        end = min(len(ours), first + math.ceil(len(ours) / args.legs))
+        rows = ours.order(epoch)[first * args.batch_size : end * args.batch_size].tolist()  # in our side's order
+        began, passed = now(device), seconds
+        for views in peer.loader(sampler=rows):
+            schedule.step(total * passed / limit if args.minutes else step)
+            loss, step = peer.step(views), step + 1
+            passed = seconds + time.perf_counter() - began
+            if passed >= limit or step == total and not args.minutes:
+                break
+        taken = now(device) - began
+        seconds += taken
+        rate = (step - epoch * len(ours) - first) * args.batch_size / taken
+        print(f"  epoch {epoch + 1}, step {step:,}, loss {loss:.3f}, {rate:,.0f} images/s", flush=True)
+        if not loss.isfinite():
+            raise common.UsageError(f"the loss of {pair} is {loss.item()} at step {step:,}: lower --lr")
+        state = {"step": step, "seconds": seconds, "backbone": peer.backbone_weights(), "tensors": peer.tensors(),
+                 "optimizer": peer.optimizer.state_dict()}
+        if step % (args.every * len(ours)) == 0:
+            save(folder / f"epoch-{epoch + 1:04}.pt", state)
+        save(last, state)
+
+
+def points(method, args, dataset, device, folder):
+    """[{step, seconds, knn_10, knn_200}] of a finished training; kept in points.json as they are found."""
+    kept, backbone = folder / "points.json", common.ResNet18(width=args.width).to(device)
+    rows = json.loads(kept.read_text()) if kept.exists() else []
+    autocast, labels = common.pick_precision("off", device)[0], dataset.train.labels.to(device)
+    for file in [None, *sorted(folder.glob("epoch-*.pt")), folder / "last.pt"]:
+        saved = {"step": 0, "seconds": 0.0, "backbone": first_backbone(method, args).state_dict()}  # untrained
+        if file:
+            saved = torch.load(file, map_location=device, weights_only=True)
+        if saved["step"] in [row["step"] for row in rows]:
+            continue
+        backbone.load_state_dict(saved["backbone"])
+        bank, queries = (knn.extract(knn.Layers(backbone), split, dataset, device, autocast)["layer4"]
+                         for split in (dataset.train, dataset.test))
+        rows.append({"step": saved["step"], "seconds": saved["seconds"]})
+        for k in (10, 200):
+            votes = knn.knn_predict(queries, bank, labels, len(dataset.classes), min(k, len(labels))).cpu()
+            rows[-1][f"knn_{k}"] = 100.0 * (votes.argmax(dim=1) == dataset.test.labels).double().mean().item()
+        save(kept, json.dumps(rows).encode())
+    return rows
+
+
+def measure_accuracy(side, args, dataset, device):
+    """The points of a side, "simclr-ours" or a pair's name, which trains where it has not done so."""
+    folder, method = Path(args.out) / side, side.split("-")[0]
+    folder.mkdir(exist_ok=True)
+    print(f"\n{side:<17}{'images':>12}{'minutes':>10}{'kNN k 10':>12}{'k 200':>8}", flush=True)
+    if not (folder / "trained").exists():
+        if side in PEERS:
+            train_peer(side, args, dataset, device, folder)
+        else:
+            train_ours(method, args, dataset, folder)
+        (folder / "trained").touch()
+    rows = points(method, args, dataset, device, folder)
+    for row in rows:
+        print(f"{'':<17}{row['step'] * args.batch_size:12,}{row['seconds'] / 60:10.2f}{row['knn_10']:12.2f}"
+              f"{row['knn_200']:8.2f}", flush=True)
+    return rows
+
+
+def print_accuracy(results, args):
+    print(f"\n{'kNN at the end':<17}{'ours, k 10':>11}{'k 200':>7}{'min':>8}{'peer, k 10':>12}{'k 200':>7}{'min':>8}"
+          "  its k 10")
+    for pair in args.only:
+        ours, peer = results[f"{pair.split('-')[0]}-ours"], results[pair]
+        cells = [f"{rows[-1]['knn_10']:{width}.2f}{rows[-1]['knn_200']:7.2f}{rows[-1]['seconds'] / 60:8.2f}"
+                 for rows, width in ((ours, 11), (peer, 12))]
+        soon = next((row["seconds"] for row in ours if row["knn_10"] >= peer[-1]["knn_10"]), None)
+        print(f"{pair:<17}{cells[0]}{cells[1]}" + (f"{soon / 60:10.2f}" if soon is not None else f"{'-':>10}"))
+    print("its k 10: minutes after which ours has the peer's last kNN, k 10")
+
+
+def draw(results, file):
+    """kNN against minutes, a panel for each method."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    methods = list(dict.fromkeys(side.split("-")[0] for side in results))
+    figure, panels = pyplot.subplots(1, len(methods), figsize=(4 * len(methods), 3.5), squeeze=False)
+    for method, panel in zip(methods, panels[0], strict=True):
+        for side, rows in results.items():
+            if side.startswith(f"{method}-"):
+                panel.plot([row["seconds"] / 60 for row in rows], [row["knn_10"] for row in rows], ".-",
+                           label=side.split("-")[1])
+        panel.set(title=method, xlabel="minutes of training", ylabel="kNN, k 10, %")
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+# Flags that may be others when a comparison goes on, or that say nothing to it.
+PLACES = ("comparison", "only", "out", "data_root", "cache")
+FREE = {"speed": (*PLACES, "images", "minutes", "warmup", "every", "legs", "amp"),
+        "accuracy": (*PLACES, "steps", "rounds")}
+
+
+def parse_args(argv):
+    words = parser.Parser(description=__doc__)
+    add, whole, real = words.add_argument, parser.number(int, low=1), parser.number(float, above=0)
+    add("comparison", choices=("speed", "accuracy"))
+    add("--only", nargs="+", choices=list(PEERS), default=list(PEERS), help="pairs")
+    add("--out", type=parser.path, default="runs/peers", help="folder")
+    add("--data", type=parser.path, default="cifar10", help="or other small pictures with a test split")
+    add("--data-root", type=parser.path, default="./data", help="where cifar10 lies")
+    add("--cache", type=parser.path, help="folder for packed pictures")
+    add("--width", type=whole, default=16, help="of the network; 64 is ResNet-18")
+    add("--batch-size", type=parser.number(int, low=8), default=256, help="images per step")
+    add("--workers", type=parser.number(int, low=0), default=1, help="of a peer's DataLoader")
+    add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
+    add("--seed", type=parser.number(int, low=0), default=0)
+    add("--lr", type=real, help="of both sides, per 256 images (default: see RECIPES)")
+    add("--weight-decay", type=parser.number(float, low=0), help="of both sides")
+    add("--temperature", type=real, help="of both sides, SimCLR and MoCo")
+    add("--steps", type=whole, default=8, help="speed: of a turn")
+    add("--rounds", type=whole, default=5, help="speed: turns of each side")
+    length = words.add_mutually_exclusive_group()
+    length.add_argument("--images", type=whole, default=500_000, help="accuracy: seen by each side")
+    length.add_argument("--minutes", type=real, help="accuracy: instead of --images; ours plans to use 99 %% of them")
+    add("--warmup", type=parser.number(float, low=0, high=1), default=0.05, help="accuracy: share of the run")
+    add("--every", type=whole, default=1, help="accuracy: epochs from point to point")
+    add("--legs", type=whole, default=4, help="accuracy: parts of a peer's epoch, after each of which it is saved")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto", help="accuracy: precision of both sides")
+    args = words.parse_args(argv)
+    if any(pair.endswith("lightly") for pair in args.only) and not optional("lightly"):
+        words.error("lightly is not installed: pip install lightly, or --only simclr-plain rotnet-plain")
+    return args
+
+
+def opened(args, device):
+    """The file of the comparison and what it holds; raises UsageError where that has other flags."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE[args.comparison]}
+    settings["threads"], file = torch.get_num_threads(), Path(args.out) / f"{args.comparison}.json"
+    if file.exists():
+        record = json.loads(file.read_text())
+        for name, value in settings.items():
+            if value != (there := record["settings"].get(name)):
+                raise common.UsageError(f"--out {args.out}: holds a comparison with {name} {there}, not {value}; name "
+                                        "another folder")
+        return file, record
+    file.parent.mkdir(parents=True, exist_ok=True)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    names = ("torch", "torchvision", "PIL", "lightly")
+    versions = {name: getattr(optional(name), "__version__", None) for name in names}
+    return file, {"settings": settings, "machine": machine, "versions": versions,
+                  "amp": fast_precision(args, device) if args.amp == "auto" else args.amp, "results": {}}
+
+
+@harness.command
+def main(argv=None):
+    args = parse_args(argv)
+    device = common.pick_device(args.device)
+    source = pictures.open_source(args.data, args.data_root, holdout=0.0)
+    dataset = pictures.pack(source, SIZE, args.cache, ("train", "test"))
+    if dataset.test is None or min(split.labels.min() for split in (dataset.train, dataset.test)) < 0:
+        raise common.UsageError(f"--data {args.data}: kNN wants a test split, and labels for all pictures")
+    pictures.check_batch(args.batch_size, len(dataset.train))
+    file, record = opened(args, device)
+    args.amp, sides = record["amp"], args.only
+    if args.comparison == "accuracy":  # each method's own run, which serves all of its peers, stands before theirs
+        sides = dict.fromkeys(side for pair in args.only for side in (f"{pair.split('-')[0]}-ours", pair))
+    for side in sides:
+        if side not in record["results"]:
+            measure = measure_speed if args.comparison == "speed" else measure_accuracy
+            record["results"][side] = measure(side, args, dataset, device)
+            save(file, json.dumps(record, indent=1).encode())
+    results = {side: record["results"][side] for side in sides}
+    {"speed": print_speed, "accuracy": print_accuracy}[args.comparison](results, args)
+    if args.comparison == "accuracy" and optional("matplotlib"):
+        draw(results, file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here is ended too
+    main()
