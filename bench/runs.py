@@ -79,9 +79,10 @@ def one(name, command, run, data, out):
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("list", type=Path, help="the file of commands")
-    parser.add_argument("--data", required=True, help="what DATA stands for")
+    parser.add_argument("--data", default="toy", help="what DATA stands for")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs (default: runs)")
     args = parser.parse_args(argv)
-    out, folder = args.list.with_suffix(".jsonl"), ROOT / "runs" / args.list.stem
+    out, folder = args.list.with_suffix(".jsonl"), args.runs.absolute() / args.list.stem
     folder.mkdir(parents=True, exist_ok=True)
     while True:  # the list may have grown meanwhile
         lines = [line.split("#")[0].strip() for line in args.list.read_text().splitlines()]

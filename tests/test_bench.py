@@ -1,6 +1,7 @@
 """The measuring programs run to their end and say what they should; how fast anything is, is no test."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+import report  # noqa: E402
+import runs  # noqa: E402
 
 
 def test_what_a_step_goes_to(tmp_path, monkeypatch, capsys):
@@ -120,3 +123,48 @@ def test_a_race_ends_at_its_target_or_with_its_run(race, tmp_path):
     assert (tmp_path / "race/run/last.pt").exists()
     wrong = race("--target", "1", "--", "nothing.py")
     assert wrong.returncode == 2 and "no such program" in wrong.stderr
+
+
+def test_the_pages_tables_are_those_of_the_measurements(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_seeds_make_one_row_and_shared_flags_stand_below():
+    rows = [dict(name=f"{name}-s{seed}", code=0, knn=knn + seed, seconds=90.0 + 60 * seed,
+                 command=f"simclr.py --amp off --lr {lr} --seed {seed}")
+            for name, knn, lr in (("a", 40.0, 0.1), ("b", 50.0, 0.2)) for seed in (0, 1)]
+    rows.append(dict(name="c", code=1, command="moco.py"))  # it failed
+    assert report.table(rows, ["name", "knn", "seconds", "flags"]) == [
+        "| run | kNN, k 200 | minutes | flags |", "|---|---|---|---|",
+        "| a | 40.5 (40.0 to 41.0) | 2.0 (1.5 to 2.5) | `simclr.py --lr 0.1` |",
+        "| b | 50.5 (50.0 to 51.0) | 2.0 (1.5 to 2.5) | `simclr.py --lr 0.2` |", "", "All with `--amp off`."]
+
+
+def test_leave_one_out_agrees_with_a_loop():
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 5, generator=g), torch.randint(0, 3, (60,), generator=g)
+    features[7], labels[50:] = features[3], -1  # a copy; some without a label
+    right = {k: 0 for k in (4, 9)}
+    for i in range(50):
+        s = [(torch.cosine_similarity(features[i], features[j], dim=0).item(), j) for j in range(50) if j != i]
+        for k in right:
+            votes = torch.zeros(3)
+            for cosine, j in sorted(s, reverse=True)[:k]:
+                votes[labels[j]] += math.exp(cosine / 0.1)
+            right[k] += int(votes.argmax() == labels[i])
+    assert runs.leave_one_out(features, labels, 3, ks=(4, 9)) == {
+        f"loo_{k}": pytest.approx(2.0 * count) for k, count in right.items()}
+
+
+def test_a_list_of_runs_is_done_once(tmp_path):
+    (tmp_path / "few.txt").write_text("# a comment\none simclr.py --data DATA --width 4 --max-steps 2  # short\n"
+                                      "two nothing.py\n")
+    command = [sys.executable, str(ROOT / "bench/runs.py"), str(tmp_path / "few.txt"), "--data", "toy", "--runs",
+               str(tmp_path / "runs")]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True,
+                              env=dict(os.environ, XDG_CACHE_HOME=str(tmp_path / "cache"), OMP_NUM_THREADS="1"))
+    one, two = map(json.loads, (tmp_path / "few.jsonl").read_text().splitlines())
+    assert one["code"] == 0 and one["step"] == 2 and 0 < one["loo_20"] < 100 and one["untrained"] > 0
+    assert one["command"] == "simclr.py --data DATA --width 4 --max-steps 2" and two["code"] == 2
+    assert done.stdout == ""

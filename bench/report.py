@@ -1,0 +1,88 @@
+"""Build the tables of RESULTS.md and README.md from the measurements in results/, so that no figure is typed by hand.
+
+    python bench/report.py            rewrites the tables
+    python bench/report.py --check    exit code 1 where a page is not what it would write
+
+A table stands below its recipe, a comment: the rows of bench/runs.py whose name begins so, and the columns.
+
+    <!-- table results/photos.jsonl sc- : name untrained loo_20 seconds flags -->
+    ...
+    <!-- end -->
+
+Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean, and in brackets least and most.
+`flags` are those that not all rows of the table share; the shared ones stand below it.
+"""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("RESULTS.md", "README.md")
+TABLE = re.compile(r"(<!-- table (\S+) (\S*) ?: ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
+TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
+          "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes"}
+
+
+def flags_of(command):
+    """["--lr 0.1", "--compile", ...] and the program; the seed apart, which says nothing of a row of several."""
+    program, *words = shlex.split(command)
+    return program, [flag for flag in re.findall(r"--\S+(?: (?!--)\S+)*", " ".join(words)) if "--seed " not in flag]
+
+
+def figure(values, name):
+    """The mean of some seeds, and least and most."""
+    values = [value / 60 if name == "seconds" else value for value in values if value is not None]
+    digits = {"agreement": 2, "seconds": 1}.get(name, 1)
+    if not values:
+        return "-"
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{spread}"
+
+
+def table(rows, columns):
+    """Lines of Markdown."""
+    groups = {}
+    for row in rows:
+        if row["code"] == 0:
+            groups.setdefault(re.sub(r"-s\d+$", "", row["name"]), []).append(row)
+    flags = {name: flags_of(group[0]["command"])[1] for name, group in groups.items()}
+    shared = [flag for flag in next(iter(flags.values())) if all(flag in others for others in flags.values())]
+    lines = ["| " + " | ".join(TITLES.get(name, name) for name in columns) + " |", "|---" * len(columns) + "|"]
+    for name, group in groups.items():
+        cells = []
+        for column in columns:
+            if column == "flags":
+                own = [flag for flag in flags[name] if flag not in shared]
+                cells.append(f"`{flags_of(group[0]['command'])[0]}" + "".join(f" {flag}" for flag in own) + "`")
+            else:
+                cells.append(name if column == "name" else figure([row.get(column) for row in group], column))
+        lines.append("| " + " | ".join(cells) + " |")
+    if "flags" in columns:
+        lines += ["", f"All with `{' '.join(shared)}`."]
+    return lines
+
+
+def fill(text):
+    """The text of a page with its tables as the measurements have them."""
+    def one(match):
+        head, file, prefix, columns, end = match.groups()
+        rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
+        rows = [row for row in rows if row["name"].startswith(prefix)]
+        return head + "\n" + "\n".join(table(rows, columns.split())) + "\n\n" + end
+    return TABLE.sub(one, text)
+
+
+def main(argv):
+    stale = [page for page in PAGES if fill((ROOT / page).read_text()) != (ROOT / page).read_text()]
+    if "--check" not in argv:
+        for page in stale:
+            (ROOT / page).write_text(fill((ROOT / page).read_text()))
+    print("\n".join(f"{page}: {'differs' if '--check' in argv else 'written'}" for page in stale) or "as measured")
+    return 1 if stale and "--check" in argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
