@@ -203,7 +203,7 @@ def test_split_batch_norm_weights_and_statistics_go_into_plain_batch_norm_and_ba
 
 
 def test_groups_suit_the_batch():
-    assert [moco.bn_groups(None, n) for n in (512, 64, 32, 31, 8, 7, 2)] == [8, 8, 8, 7, 2, 1, 1]
+    assert [moco.bn_groups(None, n) for n in (512, 256, 128, 64, 32, 8, 7, 2)] == [8, 8, 4, 2, 2, 2, 1, 1]
     assert moco.bn_groups(4, 8) == 4 and moco.bn_groups(1, 1) == 1
     with pytest.raises(common.UsageError, match="--bn-splits 5.*--batch-size 8.*at most 4"):
         moco.bn_groups(5, 8)
