@@ -23,6 +23,18 @@ docs: .venv/installed
 site: .venv/extras docs
 	.venv/bin/python docs/page.py
 
+# The pictures of README.md and docs/, from the drawn set: three runs of a minute or more on a CPU.
+IMAGES := docs/images
+pictures: .venv/extras
+	.venv/bin/python simclr.py --batch-size 4 --views-png $(IMAGES)/views.png
+	.venv/bin/python simclr.py --out runs/pictures/simclr
+	.venv/bin/python knn.py --checkpoint runs/pictures/simclr --neighbours $(IMAGES)/neighbours.png --map $(IMAGES)/map.png
+	.venv/bin/python plot.py runs/pictures/simclr --only knn --out $(IMAGES)/knn.png
+	.venv/bin/python simsiam.py --out runs/pictures/simsiam
+	.venv/bin/python simsiam.py --no-stop-gradient --out runs/pictures/collapsed
+	.venv/bin/python plot.py runs/pictures/simsiam runs/pictures/collapsed --only loss std knn rank \
+	    --labels "SimSiam" "without stop-gradient" --out $(IMAGES)/collapse.png
+
 lint: .venv/linting
 	.venv/bin/ruff check .
 
@@ -40,4 +52,4 @@ lint: .venv/linting
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.6'
 	touch $@
 
-.PHONY: demo test check docs site lint
+.PHONY: demo test check docs site pictures lint
