@@ -28,8 +28,10 @@ IMAGES := docs/images
 pictures: .venv/extras
 	.venv/bin/python simclr.py --batch-size 4 --views-png $(IMAGES)/views.png
 	.venv/bin/python simclr.py --out runs/pictures/simclr
-	.venv/bin/python knn.py --checkpoint runs/pictures/simclr --neighbours $(IMAGES)/neighbours.png --map $(IMAGES)/map.png
-	.venv/bin/python plot.py runs/pictures/simclr --only knn --out $(IMAGES)/knn.png
+	.venv/bin/python knn.py --checkpoint runs/pictures/simclr --neighbours $(IMAGES)/neighbours.png --map runs/pictures/map.png
+	.venv/bin/python -c 'import sys; from PIL import Image; Image.open(sys.argv[1]).reduce(2).quantize(96).save(sys.argv[2], \
+	    optimize=True)' runs/pictures/map.png $(IMAGES)/map.png  # a tenth of its bytes
+	.venv/bin/python plot.py runs/pictures/simclr --only knn --labels SimCLR --out $(IMAGES)/knn.png
 	.venv/bin/python simsiam.py --out runs/pictures/simsiam
 	.venv/bin/python simsiam.py --no-stop-gradient --out runs/pictures/collapsed
 	.venv/bin/python plot.py runs/pictures/simsiam runs/pictures/collapsed --only loss std knn rank \
