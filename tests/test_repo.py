@@ -180,7 +180,7 @@ def commands(text):
     """
     text = text.replace("\\\n", " ")
     blocks = re.findall(r"^ *```\n(.*?)^ *```$", text, flags=re.M | re.S)
-    lines = [re.sub(r" #.*", "", line).strip(" $") for line in "".join(blocks).splitlines()]
+    lines = [re.sub(r" #.*", "", line).strip(" \t$") for line in "".join(blocks).splitlines()]
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     for line in [*lines, *inline]:
         if not re.match(r"(python|torchrun|bash|(\w+/)?\w+\.(py|sh)\b)", line) or line.startswith("python -c"):
@@ -211,10 +211,10 @@ and `h.py --seven`, `make it`, `--eight`.
 
 
 def test_commands_of_the_pages_exist(capsys):
-    """Every file that a page runs is there, every flag they give is one of that file's, every target the Makefile's."""
+    """Every file that a page or the Makefile runs is there, every flag is one of that file's, every target there."""
     helps, makefile = {}, (ROOT / "Makefile").read_text()
-    for page in PAGES:
-        text = page.read_text()
+    for page in [*PAGES, ROOT / "Makefile"]:
+        text = page.read_text() if page in PAGES else f"```\n{makefile.replace('.venv/bin/', '')}```"
         for script, given in commands(text):
             path = ROOT / script.replace("mine.py", "simsiam.py")
             if script in ("METHOD.py", "FILE.py"):
