@@ -23,6 +23,22 @@ docs: .venv/installed
 site: .venv/extras docs
 	.venv/bin/python docs/page.py
 
+# The pictures of README.md and docs/, from the drawn set: three runs of a minute or more on a CPU.
+IMAGES := docs/images
+DRAWN := runs/pictures-$(shell date +%Y%m%d-%H%M%S)
+pictures: .venv/extras
+	.venv/bin/python simclr.py --batch-size 4 --views-png $(IMAGES)/views.png
+	.venv/bin/python simclr.py --out $(DRAWN)/simclr
+	.venv/bin/python knn.py --checkpoint $(DRAWN)/simclr --neighbours $(IMAGES)/neighbours.png \
+	    --map $(DRAWN)/map.png
+	.venv/bin/python -c 'import sys; from PIL import Image; Image.open(sys.argv[1]).reduce(2).quantize(96).save(sys.argv[2], \
+	    optimize=True)' $(DRAWN)/map.png $(IMAGES)/map.png  # a tenth of its bytes
+	.venv/bin/python plot.py $(DRAWN)/simclr --only knn --labels SimCLR --out $(IMAGES)/knn.png
+	.venv/bin/python simsiam.py --amp off --out $(DRAWN)/simsiam
+	.venv/bin/python simsiam.py --no-stop-gradient --amp off --out $(DRAWN)/collapsed
+	.venv/bin/python plot.py $(DRAWN)/simsiam $(DRAWN)/collapsed --only loss std knn rank \
+	    --labels "SimSiam" "without stop-gradient" --out $(IMAGES)/collapse.png
+
 lint: .venv/linting
 	.venv/bin/ruff check .
 
@@ -40,4 +56,4 @@ lint: .venv/linting
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.6'
 	touch $@
 
-.PHONY: demo test check docs site lint
+.PHONY: demo test check docs site pictures lint

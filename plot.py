@@ -3,6 +3,7 @@
     python plot.py runs/simsiam-toy-... --out curves.png
     python plot.py runs/moco-... runs/simsiam-... --against seconds
     python plot.py runs/tuned runs/scratch --labels "pre-trained" "from scratch"
+    python plot.py runs/simsiam-toy-... --only loss knn
 
     python plot.py runs/moco-... --reference         (over a run that went well: is my loss normal?)
     python plot.py runs/moco-... --diagnose          (no picture: is the run well, and if not, what to change)
@@ -102,12 +103,12 @@ def curve(run, name, against="epochs"):
             for row in run.rows if isinstance(row.get(name), (int, float))]
 
 
-def make_panels(runs):
-    """{title: [(number of the run, name of the figure), ...]}, in reading order."""
+def make_panels(runs, only=None):
+    """{title: [(number of the run, name of the figure), ...]}, in reading order. only: the figures to draw, or all."""
     methods, panels = {run.args["method"] for run in runs}, {}
     for name in dict.fromkeys([*TITLES, *(name for run in runs for row in run.rows for name in row)]):
         for number, run in enumerate(runs):
-            if name not in NOT_DRAWN and curve(run, name):
+            if (name in only if only else name not in NOT_DRAWN) and curve(run, name):
                 title = TITLES.get(name, name.replace("_", " "))
                 if title == "loss" and len(methods) > 1:
                     title = f"loss ({run.args['method']})"
@@ -115,15 +116,16 @@ def make_panels(runs):
     return panels
 
 
-def draw(runs, labels, against="epochs"):
+def draw(runs, labels, against="epochs", only=None):
     """A matplotlib Figure that opens no window.
 
     runs     of read_run().  labels: one a run.  against: "epochs" or "seconds", the horizontal axis.
+    only     names of the figures to draw; None: all.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    panels = make_panels(runs)
+    panels = make_panels(runs, only)
     columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
     rows = math.ceil(len(panels) / columns)
     figure = Figure((4.0 * columns, 2.7 * rows + 0.2 * len(runs)), dpi=150, layout="constrained")  # inches
@@ -157,6 +159,7 @@ def parse_args(argv):
     add("--out", type=path, default="curves.png", help="file to write, ending in .png, .pdf or .svg")
     add("--against", choices=("epochs", "seconds"), default="epochs", help="horizontal axis; time is in minutes")
     add("--labels", nargs="+", metavar="NAME", help="names for the legend, one per run, in their order")
+    add("--only", nargs="+", metavar="FIGURE", help="draw these alone, by their names in metrics.jsonl: loss, knn, ...")
     add("--reference", action="store_true", help="beside them the run of the same method and kind of data in "
         "results/reference")
     add("--diagnose", action="store_true", help="instead of curves: is a run well, by which figures, what to change")
@@ -180,12 +183,16 @@ def main(argv=None):
                 raise common.UsageError(f"{run.folder}: args.json or metrics.jsonl lacks {error}") from None
             print("\n".join(f"{run.folder}: {line}" for line in lines))
         return
+    for name in args.only or []:
+        if not any(curve(run, name) for run in runs):
+            there = sorted({name for run in runs for row in run.rows for name in row if curve(run, name)})
+            raise common.UsageError(f"--only {name}: no such figure in these runs; there are {', '.join(there)}")
     references = read_references(runs) if args.reference else []
     labels = make_labels(runs + references)
     labels = (args.labels or labels[: len(runs)]) + [f"reference: {label}" for label in labels[len(runs):]]
     runs += references
     try:
-        draw(runs, labels, args.against).savefig(args.out)
+        draw(runs, labels, args.against, args.only).savefig(args.out)
     except ImportError:
         raise common.UsageError("curves need the package: pip install matplotlib") from None
     print(f"wrote {args.out}: {'; '.join(labels)}")

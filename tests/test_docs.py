@@ -1,17 +1,22 @@
-"""docs/papers.md: its code is the source's, its sums are right, its page opens in a browser."""
+"""The pages: their links and pictures are there, and README.md is short; what docs/papers.md shows is the source's, its
+sums are right, and it opens in a browser."""
 
+import ast
 import html.parser
 import importlib.util
+import io
 import math
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import moco
@@ -34,6 +39,86 @@ def program(name):
 
 
 build, page = program("build"), program("page")
+
+# ------------------------------------------------------------------------------------------------
+# All pages, as GitHub shows them
+# ------------------------------------------------------------------------------------------------
+
+PAGES = [ROOT / name for name in ("README.md", "RESULTS.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/*.md"))
+TO_COME = ROOT / "docs" / "your-pictures.md"  # being written; take this name away once it is there
+IMAGES = sorted((ROOT / "docs" / "images").iterdir())
+
+
+def targets(path):
+    """What a page links to or shows, without addresses of the web."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    return re.findall(r"""(?:\]\(|(?:src|href)=")(?!https?:)([^)"]+)""", text)
+
+
+def anchors(path):
+    """GitHub's, of a page's headings."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*?) *$", text, flags=re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page):
+    for target in targets(page):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if path == TO_COME and not path.exists():
+            continue
+        assert path.exists(), target
+        assert path.resolve().is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(path), target
+
+
+def test_every_page_is_reached_from_the_readme():
+    reached = {(ROOT / target.partition("#")[0]).resolve() for target in targets(ROOT / "README.md")}
+    assert set(PAGES) - reached == {ROOT / "README.md"}
+
+
+def test_pictures_are_small_shown_and_made_by_a_command():
+    shown = {(page.parent / target).resolve() for page in PAGES for target in targets(page)}
+    makefile = (ROOT / "Makefile").read_text()
+    assert IMAGES and sum(path.stat().st_size for path in IMAGES) < 1_000_000
+    for path in IMAGES:
+        assert path in shown and f"$(IMAGES)/{path.name}" in makefile, path.name
+        with Image.open(path) as image:
+            assert min(image.size) > 200
+
+
+def lines_of_code(path):
+    """Those that hold more than a comment or a docstring."""
+    text, blank = path.read_text(), {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
+    code, documented = set(), (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if tokenize.tok_name[token.type] not in blank:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            code.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(code)
+
+
+def test_the_readme_is_short_and_says_what_is_so():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert re.search(r"^<!-- results -->\n\|.*\n<!-- /results -->$", text, flags=re.M | re.S)
+    for file in FILES:  # lines of code, docstrings and comments left out
+        said = re.search(rf"^\| \[{file}\].*\| (\d+) \|$", text, flags=re.M)[1]
+        lines = lines_of_code(ROOT / file)
+        assert abs(lines - int(said)) <= 10, f"{file}: {lines} lines, {said} in README.md"
+
+
+def test_the_version_stands_in_one_place():
+    assert len(re.findall(r"^version = ", (ROOT / "pyproject.toml").read_text(), flags=re.M)) == 1
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert "\nversion" not in citation and "doi" not in citation
+    assert {"cff-version", "message", "title", "authors"} <= set(re.findall(r"^([\w-]+):", citation, flags=re.M))
+
 
 # ------------------------------------------------------------------------------------------------
 # Code
@@ -310,8 +395,6 @@ def test_links_and_anchors_lead_somewhere(drawn):
             assert target[1:] in reader.anchors, target
         elif not target.startswith("https://"):
             assert (ROOT / "site" / target).resolve().exists(), target
-    for link in re.findall(r"\]\((?!https:)([^)]+)\)", TEXT):  # on GitHub
-        assert (ROOT / "docs" / link).exists(), link
     formulas = len(re.findall(r"\$[^$\n]+\$", TEXT)) + TEXT.count("```math")
     assert drawn.count("<math") == formulas and "$" not in drawn and "\\" not in re.sub(r"<pre.*?</pre>", "", drawn)
     assert drawn.count('class="code"') <= drawn.count("<pre") == TEXT.count("```") // 2 - TEXT.count("```math")

@@ -149,6 +149,15 @@ def test_shortest_names(make_run, monkeypatch, flags, expected):
     assert labels == expected
 
 
+def test_only_some_figures(matplotlib, make_run, capsys):
+    runs = [plot.read_run(make_run("a"))]
+    assert list(panels(plot.draw(runs, ["a"], only=["std", "knn_20"]))) == [plot.TITLES["std"], "knn 20"]
+    with pytest.raises(SystemExit) as end:
+        plot.main(["a", "--only", "knn", "rank"])
+    assert end.value.code == 2
+    assert "--only rank: no such figure in these runs; there are epoch, " in capsys.readouterr().err
+
+
 def test_many_runs_differ_in_more_than_colour(make_run, drawn):
     figure = drawn(*[make_run(str(i), seed=i) for i in range(16)])
     lines = figure.axes[0].lines

@@ -170,21 +170,62 @@ def test_help_fits_a_terminal(program, capsys, monkeypatch):
                                                         "ablations"]
 
 
-def test_commands_of_the_readme_exist(capsys):
-    """Every file that README and docs run is there, and every flag they give is one of that file's."""
-    text = "".join(page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]).replace("\\\n", " ")
-    found = re.findall(r"python ((?:\w+/)?\w+\.py)([^\n`|]*)", text)
-    assert found
-    helps = {}
-    for script, rest in found:
-        path = ROOT / script.replace("mine.py", "simsiam.py")
-        assert path.exists(), script
-        if path not in helps:
-            with pytest.raises(SystemExit):
-                runpy.run_path(str(path))["main"](["--help"])
-            helps[path] = capsys.readouterr().out
-        help_text = helps[path]
-        for flag in re.findall(r"--[a-z][a-z-]*", rest):
-            assert flag in help_text, f"{script} has no {flag}"
-    for target in re.findall(r"`?make (\w+)", text):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
+PAGES = [ROOT / name for name in ("README.md", "RESULTS.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/*.md"))
+
+
+def commands(text):
+    """Yields (script, its flags) of every command in a page: in blocks, in backticks, over lines, behind `--`.
+
+    text  Markdown. `python`, `torchrun ...` and `bash` may stand before a script; in backticks nothing need.
+    """
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^ *```\n(.*?)^ *```$", text, flags=re.M | re.S)
+    lines = [re.sub(r" #.*", "", line).strip(" \t$") for line in "".join(blocks).splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for line in [*lines, *inline]:
+        if not re.match(r"(python|torchrun|bash|(\w+/)?\w+\.(py|sh)\b)", line) or line.startswith("python -c"):
+            continue
+        found = re.split(r"(?<!\S)((?:\w+/)*\w+\.(?:py|sh))(?!\S)", line)
+        script = None
+        for word, rest in zip(found[1::2], found[2::2], strict=True):
+            given = script is None or found[found.index(word) - 1].rstrip().endswith(" --")
+            script = word if given else script      # `--program mine.py`: the value of a flag
+            yield script, re.findall(r"(?<!\S)--[a-z][\w-]*", rest)
+
+
+def test_commands_are_found_wherever_they_stand():
+    page = """
+```
+python a.py --one \\
+    --two 2   # b.py --no
+torchrun --nproc_per_node=8 c.py --three
+python bench/d.py --four -- e.py --five
+python f.py --program mine.py --six
+bash bench/g.sh OUT
+```
+and `h.py --seven`, `make it`, `--eight`.
+"""
+    assert list(commands(page)) == [
+        ("a.py", ["--one", "--two"]), ("c.py", ["--three"]), ("bench/d.py", ["--four"]), ("e.py", ["--five"]),
+        ("f.py", ["--program"]), ("f.py", ["--six"]), ("bench/g.sh", []), ("h.py", ["--seven"])]
+
+
+def test_commands_of_the_pages_exist(capsys):
+    """Every file that a page or the Makefile runs is there, every flag is one of that file's, every target there."""
+    helps, makefile = {}, (ROOT / "Makefile").read_text()
+    for page in [*PAGES, ROOT / "Makefile"]:
+        text = page.read_text() if page in PAGES else f"```\n{makefile.replace('.venv/bin/', '')}```"
+        for script, given in commands(text):
+            path = ROOT / script.replace("mine.py", "simsiam.py")
+            if script in ("METHOD.py", "FILE.py"):
+                continue
+            assert path.exists(), f"{page.name}: {script}"
+            if path not in helps and path.suffix == ".py" and given:
+                with pytest.raises(SystemExit):
+                    runpy.run_path(str(path))["main"](["--help"])
+                helps[path] = capsys.readouterr().out
+            for flag in given:
+                assert re.search(rf"{flag}(?![\w-])", helps[path]), f"{page.name}: {script} has no {flag}"
+        for target in re.findall(r"(?:`|^)make ([\w-]+)", text, flags=re.M):
+            assert re.search(rf"^{target}:", makefile, flags=re.M), f"{page.name}: make {target}"
+    assert len(helps) > 10
