@@ -1,4 +1,4 @@
-"""Build the tables of RESULTS.md and README.md from the measurements in results/, so that no figure is typed by hand.
+"""Build the tables of RESULTS.md and results/log.md from the measurements in results/, so that no figure is typed by hand.
 
     python bench/report.py            rewrites the tables
     python bench/report.py --check    exit code 1 where a page is not what it would write
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("RESULTS.md", "README.md")
+PAGES = ("RESULTS.md", "results/log.md")
 TABLE = re.compile(r"(<!-- table (\S+) (\S*) ?: ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
           "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes"}

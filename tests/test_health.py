@@ -56,6 +56,12 @@ CASES = {  # name: (flags beside ARGS, rows, what is wrong, what must stand in t
             steps=62, loss=[6.68, 6.07, 6.13, 6.29, 6.39, 6.49, 6.70, 7.06],
             accuracy=[0.060, 0.262, 0.270, 0.205, 0.164, 0.145, 0.112, 0.0628]), "old keys of a picture",
         "from 0.205 to 0.0628"),
+    "old keys, moco.py --batch-size 128 --epochs 20 --queue-size 4096 on 4,500 photos": (
+        MOCO | dict(batch_size=128, epochs=20, contents={"train": [4500, "a"]}), make_rows(
+            steps=35, loss=[7.31, 7.68, 7.13, 7.05, 6.95, 6.94, 7.03, 7.1, 7.1, 7.06, 7.0, 7.0, 6.99, 7.06, 7.12, 7.16,
+                            7.19, 7.28, 7.35, 7.47],
+            accuracy=[0.034, 0.021, 0.054, 0.065, 0.063, 0.052, 0.043, 0.04, 0.043, 0.055, 0.052, 0.057, 0.051, 0.053,
+                      0.056, 0.056, 0.048, 0.039, 0.039, 0.023]), "old keys of a picture", "--queue-size 1024"),
     "a short queue": (MOCO | dict(queue_size=1024), make_rows(loss=line(6, 6.9), accuracy=line(0.08, 0.02)),
                       "learning rate too high", "--lr 0.6, now 1.2"),
     "accuracy falls and so does the loss": (MOCO | dict(queue_size=256), make_rows(
@@ -104,6 +110,13 @@ def test_healthy_and_sick_runs(name):
     assert words in "".join(map(str, found))
     lines = health.diagnose(ARGS | flags, rows)
     assert lines == [str(finding) for finding in found] or lines[0].startswith(("healthy: loss", "too early"))
+
+
+@pytest.mark.parametrize("file", sorted(plot.REFERENCES.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_runs_that_went_well_were_never_warned(file):
+    args, *rows = map(json.loads, file.read_text().splitlines())
+    assert not any(health.examine(args, rows[: n + 1]) for n in range(len(rows)))
+    assert health.diagnose(args, rows)[0].startswith("healthy: loss")
 
 
 def test_a_warning_comes_once_and_again_after_it_had_gone():
