@@ -25,7 +25,7 @@ Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook
             --batch-size        256                      512                       likewise
             --weight-decay      1e-4                     5e-4                      likewise
             --epochs            200                      200                       likewise
-            --queue-size        65536                    4096                      photos 4096: departure 3
+            --queue-size        65536                    4096                      photos at most 4096: departure 3
             --momentum-encoder  0.999                    0.99                      photos 0.99: departure 3
             --temperature       0.07 / 0.2               0.1                       photos as v2, cifar 0.1
             --head              linear / mlp             linear                    likewise
@@ -86,7 +86,7 @@ RECIPES = {
                    weight_decay=1e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
                    temperature=0.2, head="mlp", min_crop=0.2, blur=0.5, knn_every=5),
     "paper": dict(image_size=128, stem="imagenet", width=64, epochs=200, batch_size=256, lr=0.03,
-                  weight_decay=1e-4, warmup_epochs=0.0, queue_size=4096, momentum_encoder=0.99,
+                  weight_decay=1e-4, warmup_epochs=0.0, queue_size=65536, momentum_encoder=0.999,
                   temperature=0.2, head="mlp", min_crop=0.2, blur=0.5, knn_every=5),
 }
 # What --v1 takes instead, whatever the data.

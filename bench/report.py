@@ -1,18 +1,20 @@
-"""Build the tables of RESULTS.md and results/log.md from the measurements in results/, so that no figure is typed by hand.
+"""Build the tables of RESULTS.md and results/log.md from what was measured, so that no figure is typed by hand.
 
     python bench/report.py            rewrites the tables
     python bench/report.py --check    exit code 1 where a page is not what it would write
 
-A table stands below its recipe, a comment: the rows of bench/runs.py whose name begins so, and the columns.
+A table stands below its recipe, a comment: which rows of bench/runs.py (of these names, or beginning so), which columns.
 
-    <!-- table results/photos.jsonl sc- : name untrained loo_20 seconds flags -->
+    <!-- table results/photos.jsonl sc-* si-old : name untrained loo_20 seconds flags -->
     ...
     <!-- end -->
 
+A single figure stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`.
 Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean, and in brackets least and most.
 `flags` are those that not all rows of the table share; the shared ones stand below it.
 """
 
+import fnmatch
 import json
 import re
 import shlex
@@ -20,10 +22,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("RESULTS.md", "results/log.md")
-TABLE = re.compile(r"(<!-- table (\S+) (\S*) ?: ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
+PAGES = ("README.md", "RESULTS.md", "results/log.md")
+TABLE = re.compile(r"(<!-- table (\S+) (.*?) : ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
+FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
           "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes"}
+
+
+def without_seed(name):
+    return re.sub(r"-s\d+$", "", name)
 
 
 def flags_of(command):
@@ -47,7 +54,7 @@ def table(rows, columns):
     groups = {}
     for row in rows:
         if row["code"] == 0:
-            groups.setdefault(re.sub(r"-s\d+$", "", row["name"]), []).append(row)
+            groups.setdefault(without_seed(row["name"]), []).append(row)
     flags = {name: flags_of(group[0]["command"])[1] for name, group in groups.items()}
     shared = [flag for flag in next(iter(flags.values())) if all(flag in others for others in flags.values())]
     lines = ["| " + " | ".join(TITLES.get(name, name) for name in columns) + " |", "|---" * len(columns) + "|"]
@@ -66,13 +73,20 @@ def table(rows, columns):
 
 
 def fill(text):
-    """The text of a page with its tables as the measurements have them."""
-    def one(match):
-        head, file, prefix, columns, end = match.groups()
+    """The text of a page with its tables and figures as the measurements have them."""
+    def rows_of(file, names):
         rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
-        rows = [row for row in rows if row["name"].startswith(prefix)]
-        return head + "\n" + "\n".join(table(rows, columns.split())) + "\n\n" + end
-    return TABLE.sub(one, text)
+        return [row for name in names.split() for row in rows if fnmatch.fnmatch(without_seed(row["name"]), name)]
+
+    def one_table(match):
+        head, file, names, columns, end = match.groups()
+        return head + "\n" + "\n".join(table(rows_of(file, names), columns.split())) + "\n\n" + end
+
+    def one_figure(match):
+        head, file, name, column, end = match.groups()
+        return head + figure([row.get(column) for row in rows_of(file, name)], column) + end
+
+    return FIGURE.sub(one_figure, TABLE.sub(one_table, text))
 
 
 def main(argv):

@@ -261,7 +261,7 @@ def train(pictures, out, *flags):
 
 def test_recipe_of_the_paper(pictures, tmp_path):
     """Rates fall to a fifth at 30, 60 and 80 % of the run; Nesterov, momentum, decay; lr per 256 images."""
-    rows, checkpoint = train(pictures, tmp_path / "run", "--epochs", "10", "--knn-every", "0")
+    rows, checkpoint = train(pictures, tmp_path / "run", "--recipe", "paper", "--epochs", "10", "--knn-every", "0")
     lr = 0.2 * 8 / 256
     assert [row["lr"] for row in rows] == pytest.approx([lr] * 3 + [lr / 5] * 3 + [lr / 25] * 2 + [lr / 125] * 2,
                                                         abs=1e-6)
@@ -270,7 +270,8 @@ def test_recipe_of_the_paper(pictures, tmp_path):
     assert group["momentum"] == 0.9 and group["nesterov"] and group["weight_decay"] == 5e-4
     assert len(group["params"]) == sum(1 for name in checkpoint["model"] if name.endswith(("weight", "bias")))
     assert rotnet.RECIPES["cifar"]["lr"] * 128 / 256 == 0.1
-    rows, _ = train(pictures, tmp_path / "cosine", "--epochs", "10", "--knn-every", "0", "--schedule", "cosine")
+    rows, _ = train(pictures, tmp_path / "cosine", "--recipe", "paper", "--epochs", "10", "--knn-every", "0",
+                    "--schedule", "cosine")
     assert rows[5]["lr"] == pytest.approx(lr / 2, abs=1e-6)
 
 
