@@ -3,7 +3,7 @@
     python bench/report.py            rewrites the tables
     python bench/report.py --check    exit code 1 where a page is not what it would write
 
-A table stands below its recipe, a comment: which rows of bench/runs.py (of these names, or beginning so), which columns.
+A table stands below its recipe, a comment: rows of bench/runs.py (of these names, or beginning so), and columns.
 
     <!-- table results/photos.jsonl sc-* si-old : name untrained loo_20 seconds flags -->
     ...

@@ -231,6 +231,21 @@ def test_from_scratch_takes_the_shape_but_no_weight_of_the_checkpoint(pretrained
     assert one["width"] == 4 and one["image_size"] == 16
 
 
+@pytest.mark.parametrize("way, clipped", [("--finetune", True), ("--from-scratch", True), ("--probe", False)])
+def test_the_gradient_of_a_whole_network_is_clipped(pretrained, pictures, tmp_path, monkeypatch, way, clipped):
+    norms, plain, loss = [], torch.optim.SGD.step, F.cross_entropy
+
+    def step(self, *rest):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return plain(self, *rest)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **rest: 100 * loss(*args, **rest))  # far above 1
+    go(pretrained, tmp_path / "run", way, "--epochs", 2, "--lr", 0.01)
+    assert norms and all(norm == pytest.approx(1, abs=1e-3) if clipped else norm > 2 for norm in norms)
+
+
 def test_from_scratch_needs_no_run(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = ["--from-scratch", "--data", str(pictures), "--amp", "off", "--device", "cpu"]
