@@ -492,6 +492,14 @@ def make_optimizer(args, parameters, lr):
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
 
 
+def backward(model, loss, optimizer, scaler):
+    """The gradients; of a network that trains as a whole their norm is clipped at 1 (departure 4)."""
+    scaler.scale(loss).backward()
+    if not model.frozen:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
 def make_loss(args, classes):
     """The loss, and in words what it is for a network that knows nothing."""
     loss_of, formula = F.cross_entropy, f"log({classes})"
@@ -546,10 +554,7 @@ def main(argv=None):
             loss = loss_of(logits, labels)
 
             optimizer.zero_grad(set_to_none=True)
-            run.scaler.scale(loss).backward()
-            if not frozen:
-                run.scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            backward(model, loss, optimizer, run.scaler)
             run.scaler.step(optimizer)
             run.scaler.update()
             run.record(loss=loss, train_top1=100.0 * (logits.argmax(dim=1) == labels).float().mean())
