@@ -224,8 +224,9 @@ def test_commands_of_the_pages_exist(capsys):
                 with pytest.raises(SystemExit):
                     runpy.run_path(str(path))["main"](["--help"])
                 helps[path] = capsys.readouterr().out
-            for flag in given:  # a shell script's stand in its head
-                assert re.search(rf"{flag}(?![\w-])", helps.get(path) or path.read_text()), f"{page.name}: {script} has no {flag}"
+            words = helps.get(path) or path.read_text()  # a shell script's flags stand in its head
+            for flag in given:
+                assert re.search(rf"{flag}(?![\w-])", words), f"{page.name}: {script} has no {flag}"
         for target in re.findall(r"(?:`|^)make ([\w-]+)", text, flags=re.M):
             assert re.search(rf"^{target}:", makefile, flags=re.M), f"{page.name}: make {target}"
     assert len(helps) > 10
