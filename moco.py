@@ -41,9 +41,9 @@ Departures  1. ResNet-18; the papers train ResNet-50, the notebook ResNet-18.
             2. The cosine falls every step, not every epoch as in the code.
             3. A folder of photos has thousands of images, not a million. A queue longer than that holds old
                keys of the query's own image, and with 10,000 images m = 0.999 averages over 25 epochs. So K is
-               4096 or, if that is less, the power of two below a quarter of the images: kNN of 4,500 photos after
-               20 epochs 35.1 % against 31.4 with 4096 keys and groups of 16 (two seeds, width 16, 64 px; no GPU has
-               confirmed it). --recipe paper takes the paper's K and m.
+               4096 or, if that is less, a power of two of at most a quarter of the images (a batch at least): kNN
+               of 4,500 photos after 20 epochs 35.1 % against 31.4 with 4096 keys and groups of 16 (two seeds,
+               width 16, 64 px; no GPU has confirmed it). --recipe paper takes the paper's K and m.
             4. Eight GPUs are simulated by --bn-splits groups of one device's batch, as in the notebook.
             5. Algorithm 1 updates f_k after the SGD step; here, as in the authors' code, before the next keys
                are made. The keys are the same: the only further update is the very first, of equal weights.

@@ -198,7 +198,7 @@ def recipe_table(recipes):
 def recipe_of(args, recipes, source):
     """The defaults for a source, as its number of images bears them.
 
-    A batch is at most half of the images, MoCo's queue a quarter: the largest power of two, and the run says so.
+    A batch is at most half of the images, MoCo's queue a quarter or a batch: powers of two, and the run says so.
     raises  UsageError where there is no such recipe.
     """
     kind = "paper" if args.recipe == "paper" and source.kind not in ("cifar", "stl10") else source.kind
@@ -209,6 +209,8 @@ def recipe_of(args, recipes, source):
         return recipes[kind]
     images = sum(source.splits["train"].counts)
     most = {name: 2 ** int(math.log2(max(2, images // part))) for name, part in (("batch_size", 2), ("queue_size", 4))}
+    batch = args.batch_size or min(recipes[kind]["batch_size"], most["batch_size"])
+    most["queue_size"] = max(most["queue_size"], batch)
     fewer = {name: size for name, size in most.items()
              if size < recipes[kind].get(name, 0) and getattr(args, name) is None}
     if fewer:

@@ -14,7 +14,7 @@ import math
 from harness.folder import read_metrics
 from harness.log import wrapped
 
-EVIDENCE, SAMPLES = 100, 1000  # steps past the warm-up; images behind a mean
+EVIDENCE, SAMPLES, FEW = 100, 1000, 1000  # steps past the warm-up; images behind a mean; steps of a short run
 
 
 class Finding(collections.namedtuple("Finding", "wrong figure change")):
@@ -31,6 +31,7 @@ class Facts:
         self.args, batch = args, args["batch_size"]
         trained = [row for row in rows if row.get("loss") is not None]
         self.untrained = next((row for row in rows if row["epoch"] == 0), {})
+        self.queries = args.get("contents", {}).get(args.get("knn_split"), [SAMPLES])[0]
         self.images = args.get("contents", {}).get("train", [0])[0]
         self.images = self.images or (trained[0]["step"] // trained[0]["epoch"] * batch if trained else batch)
         epoch_steps = max(1, self.images // batch)
@@ -49,12 +50,12 @@ class Facts:
 
     @functools.cached_property
     def knn(self):
-        """(the best layer's kNN now, that of the untrained network), percent, or None."""
+        """(the best layer's kNN now, that of the untrained network), percent; None where 50 images did not tell."""
         now, before = ([value for name, value in row.items() if value is not None and name[:3] == "knn"
                         and name[4:] in ("", "layer2", "layer3")]
                        for row in (next((r for r in reversed(self.rows) if r.get("knn") is not None), {}),
                                    self.untrained))
-        return (max(now), max(before)) if now and before else None
+        return (max(now), max(before)) if now and before and self.queries >= 50 else None
 
     @property
     def chance(self):
@@ -100,6 +101,9 @@ def at_chance(facts):
         return None
     slow = facts.args.get("momentum_encoder", 1)
     change = rate(facts.args) if slow >= 0.9 else f"--momentum-encoder 0.99, now {slow:g}"
+    if facts.total < FEW:  # of a small folder, say
+        epochs = facts.args["epochs"]
+        change = f"--epochs {4 * epochs}, now {epochs}, for {facts.total:,.0f} steps are few; or {change}"
     return f"{facts.name} {now:.3g}, by chance {chance:.3g}", change
 
 
@@ -154,8 +158,7 @@ def below_untrained(facts):
     if not facts.knn or facts.rows[-1]["step"] < facts.total / 3:
         return None
     now, before = facts.knn
-    images = facts.args.get("contents", {}).get(facts.args.get("knn_split"), [SAMPLES])[0]
-    if now < before - 200 * math.sqrt(before / 100 * (1 - before / 100) / images):
+    if now < before - 200 * math.sqrt(before / 100 * (1 - before / 100) / facts.queries):
         change = "without --no-color-jitter" if facts.args.get("no_color_jitter") else rate(facts.args)
         return f"knn {now:.1f} %, untrained {before:.1f} %", change
 

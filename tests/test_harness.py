@@ -898,7 +898,8 @@ def test_recipe_paper_where_there_is_none_is_refused(start):
         start("--recipe", "paper", "--out", "run")
 
 
-@pytest.mark.parametrize("images, batch, queue", [(48, 16, 8), (500, 128, 64), (513, 256, 128), (70_000, 256, 4096)])
+@pytest.mark.parametrize("images, batch, queue", [
+    (48, 16, 16), (500, 128, 128), (513, 256, 256), (4500, 256, 1024), (70_000, 256, 4096)])
 def test_few_images_make_a_small_batch_and_queue(images, batch, queue):
     source = types.SimpleNamespace(kind="photos", description=[], splits={"train": pictures.Items(
         [], [], counts=(0, images))})

@@ -72,6 +72,10 @@ CASES = {  # name: (flags beside ARGS, rows, what is wrong, what must stand in t
                          "at chance", "--momentum-encoder 0.99, now 0"),
     "48 pictures, much noise": (dict(MOCO, queue_size=32, batch_size=16, contents={"train": [48, "a"]}), make_rows(
         steps=3, loss=line(3.49, 3.4, 80), accuracy=[0.10, 0.20] * 40), None, ""),
+    "few steps": (dict(MOCO, queue_size=16, batch_size=16, contents={"train": [44, "a"]}), make_rows(
+        steps=2, loss=[2.8] * 90, accuracy=0.1), "at chance", "--epochs 400, now 100, for 200 steps are few"),
+    "4 validation pictures": (dict(knn_split="val", contents={"train": [44, "a"], "val": [4, "b"]}), make_rows(
+        dict(knn=75.0), knn=25.0, accuracy=0.5), None, ""),
     # RotNet
     "three steps": ({}, make_rows(steps=3, rotation=[25.0]), None, ""),
     "one way up": ({}, make_rows(loss=1.386, rotation=26.0), "at chance", "rotation 26, by chance 25"),
