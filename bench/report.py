@@ -44,7 +44,7 @@ def figure(values, name):
     values = [value / 60 if name == "seconds" else value for value in values if value is not None]
     digits = {"agreement": 2, "seconds": 1}.get(name, 1)
     if not values:
-        return "-"
+        return "not measured"
     spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{sum(values) / len(values):.{digits}f}{spread}"
 

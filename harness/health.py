@@ -123,14 +123,18 @@ def collapsed(facts):
 
 
 def fall(facts):
-    """How the figure fell, by a fifth at least, while the loss climbed, in words; or None.
+    """How the figure fell, by a fifth and four standard errors, while the loss climbed, in words; or None.
 
     Only in epochs that began when real keys had filled MoCo's queue twice: until then its loss climbs by nature.
     """
     steps = (2 * facts.args.get("queue_size", 0) + facts.images) / facts.args["batch_size"]
     *earlier, now = facts.means(steps) or [None]
     best = max(earlier, default=None)
-    if best and now[0] < 0.8 * best[0] and now[1] > best[1]:
+    if not best:
+        return None
+    unit, samples = 100 if facts.name == "rotation" else 1, max(SAMPLES, facts.images)
+    error = unit * math.sqrt(2 * best[0] / unit * max(0, 1 - best[0] / unit) / samples)  # of a difference
+    if now[0] < best[0] - max(0.2 * best[0], 4 * error) and now[1] > best[1]:
         return f"{facts.name} fell from {best[0]:.3g} to {now[0]:.3g}, loss climbed from {best[1]:.3g} to {now[1]:.3g}"
 
 

@@ -76,6 +76,9 @@ CASES = {  # name: (flags beside ARGS, rows, what is wrong, what must stand in t
         steps=2, loss=[2.8] * 90, accuracy=0.1), "at chance", "--epochs 400, now 100, for 200 steps are few"),
     "4 validation pictures": (dict(knn_split="val", contents={"train": [44, "a"], "val": [4, "b"]}), make_rows(
         dict(knn=75.0), knn=25.0, accuracy=0.5), None, ""),
+    "450 pictures, noise": (dict(MOCO, queue_size=128, batch_size=128, contents={"train": [450, "a"]}), make_rows(
+        steps=3, loss=[4.5] * 40 + [4.24, 4.16, 4.17, 4.18, 4.25, 4.19],
+        accuracy=[0.04] * 40 + [0.062, 0.078, 0.081, 0.047, 0.060, 0.060]), None, ""),
     # RotNet
     "three steps": ({}, make_rows(steps=3, rotation=[25.0]), None, ""),
     "one way up": ({}, make_rows(loss=1.386, rotation=26.0), "at chance", "rotation 26, by chance 25"),
