@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pictures
 from common import UsageError
 from harness import checkpoint
 from harness.log import tensorboard_writer
-from harness.parser import Epochs, Parser, Rate, absolute_path, number, path, png_file, save_interval
+from harness.parser import Epochs, Parser, Rate, absolute_path, flag_text, number, path, png_file, save_interval
 from harness.weights import load_weights, take_shape
 
 NEWEST = "newest"  # --resume without a folder
@@ -127,7 +126,7 @@ def parse(parser, argv, fixed=()):
                              f"--{unknown[0].replace('_', '-')}; add one, or take it out of the recipes")
     if getattr(args, "recipe", None) == "list":
         print("\n".join(recipe_table(parser.recipes)))
-        sys.exit()
+        parser.exit()
     if args.tensorboard:
         tensorboard_writer()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
@@ -201,10 +200,13 @@ def recipe_of(args, recipes, source):
     A batch is at most half of the images, MoCo's queue a quarter or a batch: powers of two, and the run says so.
     raises  UsageError where there is no such recipe.
     """
-    kind = "paper" if args.recipe == "paper" and source.kind not in ("cifar", "stl10") else source.kind
-    if kind not in recipes or (kind == "paper" and source.kind != "photos"):
-        raise UsageError(f"--recipe paper: {args.method}.py has none for --data {args.data}" if kind == "paper" else
-                         f"--data {args.data}: RECIPES of {args.method}.py has no entry for its kind, {kind!r}")
+    kind, given = source.kind, f"--data {args.data}"
+    if args.recipe == "paper" and kind not in ("cifar", "stl10"):  # theirs are papers' already
+        if kind != "photos" or "paper" not in recipes:
+            raise UsageError(f"--recipe paper: {args.method}.py has none for {given}")
+        return recipes["paper"]
+    if kind not in recipes:
+        raise UsageError(f"{given}: RECIPES of {args.method}.py has no entry for its kind, {kind!r}")
     if kind not in ("photos", "cifar"):
         return recipes[kind]
     images = sum(source.splits["train"].counts)
@@ -214,9 +216,8 @@ def recipe_of(args, recipes, source):
     fewer = {name: size for name, size in most.items()
              if size < recipes[kind].get(name, 0) and getattr(args, name) is None}
     if fewer:
-        source.description += pictures.lines_of(
-            "note", f"{images:,} images: the default " + ", ".join(
-                f"--{name.replace('_', '-')} is {size}, not {recipes[kind][name]}" for name, size in fewer.items()))
+        source.description += pictures.lines_of("note", f"{images:,} images: by default " + ", ".join(
+            f"{flag_text(name, size)}, not {recipes[kind][name]}" for name, size in fewer.items()))
     return recipes[kind] | fewer
 
 

@@ -102,8 +102,9 @@ def at_chance(facts):
     slow = facts.args.get("momentum_encoder", 1)
     change = rate(facts.args) if slow >= 0.9 else f"--momentum-encoder 0.99, now {slow:g}"
     if facts.total < FEW:  # of a small folder, say
-        epochs = facts.args["epochs"]
-        change = f"--epochs {4 * epochs}, now {epochs}, for {facts.total:,.0f} steps are few; or {change}"
+        name = "minutes" if facts.args.get("minutes") else "epochs"
+        length = facts.args[name]
+        change = f"--{name} {4 * length:g}, now {length:g}, for {facts.total:,.0f} steps are few; or {change}"
     return f"{facts.name} {now:.3g}, by chance {chance:.3g}", change
 
 

@@ -903,10 +903,10 @@ def test_recipe_paper_where_there_is_none_is_refused(start):
 def test_few_images_make_a_small_batch_and_queue(images, batch, queue):
     source = types.SimpleNamespace(kind="photos", description=[], splits={"train": pictures.Items(
         [], [], counts=(0, images))})
-    args = types.SimpleNamespace(recipe=None, batch_size=None, queue_size=None)
+    args = types.SimpleNamespace(data="few", recipe=None, batch_size=None, queue_size=None)
     table = {kind: dict(batch_size=256, queue_size=4096) for kind in ("photos", "paper")}
     assert recipe_of(args, table, source) == dict(batch_size=batch, queue_size=queue)
-    assert f"--queue-size is {queue}, not 4096" in " ".join(" ".join(source.description).split()) or queue == 4096
+    assert f"--queue-size {queue}, not 4096" in " ".join(" ".join(source.description).split()) or queue == 4096
     args.batch_size, source.description = 40, []  # given: not said again
     recipe_of(args, table, source)
     assert "--batch-size" not in " ".join(source.description)
