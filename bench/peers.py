@@ -8,8 +8,8 @@ Peers       lightly   its SimCLR, MoCo v2 and SimSiam: its transforms, heads, lo
             Both read a torch DataLoader. See bench/rivals.py.
 Same        the network (common.ResNet18, cifar stem) and its first weights, batch, number of images; SGD with momentum
             0.9 (RotNet: Nesterov), learning rate, warm-up, cosine, weight decay; temperature, MoCo's queue and m
-Own         views, heads, losses, MoCo's BatchNorm groups (eight on both sides); lightly's SimSiam has the cosine for
-            its predictor too, ours keeps that rate constant
+Own         views, heads, losses; lightly's SimSiam has the cosine for its predictor too, ours keeps that rate constant.
+            MoCo's BatchNorm groups are as many on both sides
 speed       images/s of whole steps (data, views, forward, backward, optimiser), beside those of the bare network: ours,
             forward, backward and optimiser on a batch that is there. The sides take short turns. A peer's workers live
             in its turns only, and what they prepare before the clock runs is used up by then. float32; then the best of

@@ -22,6 +22,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from harness.parser import Parser  # noqa: E402
+
 PAGES = ("README.md", "RESULTS.md", "results/log.md")
 TABLE = re.compile(r"(<!-- table (\S+) (.*?) : ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
@@ -89,14 +92,17 @@ def fill(text):
     return FIGURE.sub(one_figure, TABLE.sub(one_table, text))
 
 
-def main(argv):
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    check = parser.parse_args(argv).check
     stale = [page for page in PAGES if fill((ROOT / page).read_text()) != (ROOT / page).read_text()]
-    if "--check" not in argv:
+    if not check:
         for page in stale:
             (ROOT / page).write_text(fill((ROOT / page).read_text()))
-    print("\n".join(f"{page}: {'differs' if '--check' in argv else 'written'}" for page in stale) or "as measured")
-    return 1 if stale and "--check" in argv else 0
+    print("\n".join(f"{page}: {'differs' if check else 'written'}" for page in stale) or "as measured")
+    return int(bool(stale) and check)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
 import common
+import moco
 
 SIZE = 32
 
@@ -50,7 +51,7 @@ class LightlyMoCo(nn.Module):
         self.utils, self.m = utils, recipe["momentum_encoder"]
         self.transform = MoCoV2Transform(input_size=SIZE, gaussian_blur=0.0, normalize=dict(mean=mean, std=std))
         self.backbone, self.head = backbone, MoCoProjectionHead(backbone.dim, backbone.dim, 128)
-        self.split(backbone, math.gcd(8, batch_size))
+        self.split(backbone, math.gcd(moco.bn_groups(None, batch_size), batch_size))
         self.key_backbone, self.key_head = copy.deepcopy(self.backbone), copy.deepcopy(self.head)
         for module in (self.key_backbone, self.key_head):
             utils.deactivate_requires_grad(module)

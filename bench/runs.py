@@ -82,6 +82,8 @@ def main(argv=None):
     parser.add_argument("--data", default="toy", help="what DATA stands for")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs (default: runs)")
     args = parser.parse_args(argv)
+    if not args.list.is_file():
+        parser.error(f"{args.list}: no such file")
     out, folder = args.list.with_suffix(".jsonl"), args.runs.absolute() / args.list.stem
     folder.mkdir(parents=True, exist_ok=True)
     while True:  # the list may have grown meanwhile
