@@ -2,21 +2,25 @@
 
     python bench/runs.py results/photos.txt --data ../shared/photos
 
-Each line of the list is `NAME METHOD.py FLAGS`; what stands after # is left out, and DATA stands for --data. The runs
-lie in runs/LIST/NAME, where an interrupted one goes on; those that are done are skipped, so several of these programs
-may work on one list at a time. A row a run in LIST.jsonl, beside the list: command, commit, machine, seconds, the last
-row of the run's metrics, kNN before training, and kNN of the training images by leave-one-out (each against all others:
-more images than a validation split has, so less noise).
+Each line of the list is `NAME METHOD.py FLAGS`; what stands after # is left out, DATA stands for --data, RUNS for the
+folder of the list's runs, so that a line may begin with another's network: `probe linear.py --checkpoint RUNS/NAME`.
+The runs lie in runs/LIST/NAME, where an interrupted one goes on; those that are done are skipped, so several of these
+programs may work on one list at a time. A row a run in LIST.jsonl, beside the list: command, commit, machine, seconds,
+the last row of the run's metrics and, where it was pre-training, kNN before training, kNN of the training images by
+leave-one-out (each against all others: more images than a validation split has, so less noise) and `linear`, the top-1
+of a linear layer on cached features (of linear.py, the top-1 that it reports).
 """
 
 import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,18 +52,29 @@ def machine():
 
 
 def score(run, environment):
-    """{"loo_20": ...} of a finished run, or {} where its training images have no labels."""
+    """{"loo_20": ..., "linear": percent} of a finished run, or {} where its training images have no labels."""
+    def call(*words):
+        subprocess.run([sys.executable, *map(str, words)], check=True, env=environment, stdout=subprocess.DEVNULL)
+
+    if (run / "scores.json").exists():  # linear.py's
+        return {"linear": next(iter(json.loads((run / "scores.json").read_text()).values()))["top1"]}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.npz"
-        subprocess.run([sys.executable, str(ROOT / "knn.py"), "--checkpoint", str(run / "last.pt"), "--split", "train",
-                        "--features", str(file)], check=True, env=environment, stdout=subprocess.DEVNULL)
+        call(ROOT / "knn.py", "--checkpoint", run / "last.pt", "--split", "train", "--features", file)
         found = np.load(file)
-        features, labels = torch.from_numpy(found["features"]), torch.from_numpy(found["labels"])
-        return leave_one_out(features, labels, len(found["classes"])) if int(labels.amax()) >= 0 else {}
+    features, labels = torch.from_numpy(found["features"]), torch.from_numpy(found["labels"])
+    if int(labels.amax()) < 0:
+        return {}
+    on_test = json.loads((run / "args.json").read_text())["knn_split"] == "test"
+    if not (run / "linear/scores.json").exists():
+        call(ROOT / "linear.py", "--checkpoint", run, "--out", run / "linear", "--quiet",
+             *(("--no-validation", "--test") if on_test else ()))
+    return leave_one_out(features, labels, len(found["classes"])) | score(run / "linear", environment)
 
 
 def one(name, command, run, data, out):
-    method, *flags = (word if word != "DATA" else data for word in shlex.split(command))
+    words = command.replace("RUNS/", f"{run.parent}/")
+    method, *flags = (word if word != "DATA" else data for word in shlex.split(words))
     flags = ["--resume", str(run)] if (run / "last.pt").exists() else [*flags, "--out", str(run)]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     print(f"{name}: python {method} {' '.join(flags)}", flush=True)
@@ -72,8 +87,9 @@ def one(name, command, run, data, out):
         record |= {"untrained": rows[0].get("knn"), **rows[-1], **score(run, os.environ)}
     with open(out, "a") as file:
         print(json.dumps(record), file=file)
-    print(f"{name}: " + (f"loo {record.get('loo_20')}, kNN {record['untrained']} -> {record['knn']}, "
-                         f"{record['seconds']:.0f} s" if code == 0 else f"exit code {code}, see {run}.log"), flush=True)
+    said = ", ".join(f"{key} {record[key]}" for key in ("loo_20", "untrained", "knn", "linear") if key in record)
+    print(f"{name}: " + (f"{said}, {record['seconds']:.0f} s" if code == 0 else f"exit code {code}, see {run}.log"),
+          flush=True)
 
 
 def main(argv=None):
@@ -90,7 +106,11 @@ def main(argv=None):
         lines = [line.split("#")[0].strip() for line in args.list.read_text().splitlines()]
         done = {json.loads(line)["name"] for line in out.read_text().splitlines()} if out.exists() else set()
         todo = [line.split(maxsplit=1) for line in lines if line and line.split()[0] not in done]
+        waiting = {name for name, command in todo for other, _ in todo
+                   if name != other in re.findall(r"RUNS/(\S+)", command)}  # for a run that they begin with
         for name, command in todo:
+            if name in waiting:
+                continue
             with open(folder / f"{name}.lock", "w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +121,9 @@ def main(argv=None):
                 one(name, command, folder / name, args.data, out)
                 break
         else:
-            return 0
+            if not waiting:
+                return 0
+            time.sleep(5)
 
 
 if __name__ == "__main__":

@@ -157,14 +157,15 @@ def test_leave_one_out_agrees_with_a_loop():
 
 
 def test_a_list_of_runs_is_done_once(tmp_path):
-    (tmp_path / "few.txt").write_text("# a comment\none simclr.py --data DATA --width 4 --max-steps 2  # short\n"
-                                      "two nothing.py\n")
+    (tmp_path / "few.txt").write_text("# a comment\nthree linear.py --checkpoint RUNS/one --finetune --max-steps 1\n"
+                                      "one simclr.py --data DATA --width 4 --max-steps 2  # short\ntwo nothing.py\n")
     command = [sys.executable, str(ROOT / "bench/runs.py"), str(tmp_path / "few.txt"), "--data", "toy", "--runs",
                str(tmp_path / "runs")]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True,
                               env=dict(os.environ, XDG_CACHE_HOME=str(tmp_path / "cache"), OMP_NUM_THREADS="1"))
-    one, two = map(json.loads, (tmp_path / "few.jsonl").read_text().splitlines())
+    one, three, two = map(json.loads, (tmp_path / "few.jsonl").read_text().splitlines())
     assert one["code"] == 0 and one["step"] == 2 and 0 < one["loo_20"] < 100 and one["untrained"] > 0
     assert one["command"] == "simclr.py --data DATA --width 4 --max-steps 2" and two["code"] == 2
+    assert 0 < one["linear"] <= 100 and three["step"] == 1 and three["linear"] == three["top1"]
     assert done.stdout == ""
