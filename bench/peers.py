@@ -5,18 +5,19 @@
 
 Peers       lightly   its SimCLR, MoCo v2 and SimSiam: its transforms, heads, losses, momentum update and memory bank
             plain     SimCLR and RotNet as commonly written in one file: torchvision's transforms on PIL images
-            Both read a torch DataLoader. See bench/rivals.py.
+            Both read a torch DataLoader. See bench/rivals.py for what differs from their sources.
 Same        the network (common.ResNet18, cifar stem) and its first weights, batch, number of images; SGD with momentum
             0.9 (RotNet: Nesterov), learning rate, warm-up, cosine, weight decay; temperature, MoCo's queue and m
-Own         views, heads, losses; lightly's SimSiam has the cosine for its predictor too, ours keeps that rate constant.
-            MoCo's BatchNorm groups are as many on both sides
+Own         views, heads (SimCLR's hidden layer: ours and plain 1024, lightly's as wide as the features), losses, and
+            their precision: in bf16 the peers' losses are computed in it, ours in float32. lightly's SimSiam has the
+            cosine for its predictor too, ours keeps that rate constant
 speed       images/s of whole steps (data, views, forward, backward, optimiser), beside those of the bare network: ours,
             forward, backward and optimiser on a batch that is there. The sides take short turns. A peer's workers live
             in its turns only, and what they prepare before the clock runs is used up by then. float32; then the best of
             each side: bf16 where common.bf16_gain() finds that it pays, and channels_last for the peers
 accuracy    kNN (k 10 and 200) of the test split, from checkpoints, by the same code for both sides, when a training is
-            over: no minute has an evaluation in it, nor imports, nor the packing of pictures. A peer's loader starts
-            anew --legs times an epoch
+            over: no minute has an evaluation in it, nor imports, nor the packing of pictures. One seed: differences of
+            a point or two may be its luck
 
 The threads are those of OMP_NUM_THREADS; a peer's --workers are processes beside them, ours has none: `taskset -c`
 gives both sides the same cores. What harness/threads.py sets, the peers have too.
@@ -29,10 +30,8 @@ import functools
 import json
 import math
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,8 +44,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from rivals import PEERS, SIZE, Endless, Peer  # noqa: E402
+from rivals import PEERS, SIZE, Peer, bn_groups  # noqa: E402
 from run import METHODS, optional, parts_of_a_step  # noqa: E402
+from runs import commit, exit_code, machine  # noqa: E402
+from torch.utils.data import RandomSampler  # noqa: E402
 
 import common  # noqa: E402
 import harness  # noqa: E402
@@ -63,8 +64,8 @@ RECIPES = {
     "simsiam": dict(lr=0.06, weight_decay=5e-4),
     "rotnet": dict(lr=0.2, weight_decay=5e-4),
 }
-OURS = {"simclr": ["--optimizer", "sgd", "--lr-scaling", "linear"], "moco": ["--head", "mlp"], "simsiam": [],
-        "rotnet": ["--schedule", "cosine"]}
+OURS = {"simclr": dict(optimizer="sgd", lr_scaling="linear"), "moco": dict(head="mlp"), "simsiam": {},
+        "rotnet": dict(schedule="cosine")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -72,18 +73,15 @@ OURS = {"simclr": ["--optimizer", "sgd", "--lr-scaling", "linear"], "moco": ["--
 # ------------------------------------------------------------------------------------------------
 
 
-def recipe_of(method, args):
-    given = {name: getattr(args, name, None) for name in RECIPES[method]}
-    return {name: RECIPES[method][name] if value is None else value for name, value in given.items()}
-
-
 def our_command(method, args, amp, out):
-    values = {**recipe_of(method, args), "data": args.data, "data_root": args.data_root, "cache": args.cache,
-              "image_size": SIZE, "stem": "cifar", "width": args.width, "batch_size": args.batch_size,
+    values = {**METHODS[method].RECIPES["cifar"], **RECIPES[method], **OURS[method], "data": args.data,
+              "data_root": args.data_root, "cache": args.cache, "width": args.width, "batch_size": args.batch_size,
               "seed": args.seed, "amp": amp, "device": args.device, "knn_split": "test", "knn_every": 0,
               "save_every": "5min", "out": out}
+    if method == "moco":
+        values["bn_splits"] = bn_groups(args.batch_size)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    return [str(ROOT / f"{method}.py"), *words, *OURS[method], "--quiet"]
+    return [str(ROOT / f"{method}.py"), *words, "--quiet"]
 
 
 def first_backbone(method, args):
@@ -94,7 +92,7 @@ def first_backbone(method, args):
 
 def peer_of(pair, args, *rest):
     method = pair.split("-")[0]
-    return Peer(pair, first_backbone(method, args), recipe_of(method, args), args, *rest)
+    return Peer(pair, first_backbone(method, args), RECIPES[method], args, *rest)
 
 
 def now(device):
@@ -128,7 +126,7 @@ def seconds_in_turns(pair, args, dataset, device, amp):
         return (now(device) - start) / args.steps
 
     def turn_of(peer):
-        batches = iter(peer.loader(sampler=Endless(len(dataset.train))))
+        batches = iter(peer.loader(sampler=RandomSampler(dataset.train.labels, num_samples=2**40)))  # never the last
         for _ in range(2 * args.workers + 1):  # as many as the loader prepares in advance, and one
             peer.step(next(batches))
         return timed(lambda: peer.step(next(batches)))
@@ -188,7 +186,8 @@ def train_ours(method, args, dataset, folder):
     """The method's own program, as a user starts it."""
     command = [*our_command(method, args, args.amp, folder), f"--keep-every={args.every}"]
     if (folder / "last.pt").exists():
-        command = [command[0], f"--resume={folder}", "--quiet"]
+        places = [word for word in command if word.startswith(("--data-root", "--cache"))]
+        command = [command[0], f"--resume={folder}", *places, "--quiet"]
     elif args.minutes:
         whole = METHODS[method].RECIPES[dataset.kind]["epochs"]  # of which the warm-up is a share
         command += [f"--minutes={args.minutes}", f"--warmup-epochs={args.warmup * whole}"]
@@ -196,18 +195,14 @@ def train_ours(method, args, dataset, folder):
         steps = max(1, args.images // args.batch_size)
         epochs = math.ceil(steps / (len(dataset.train) // args.batch_size))
         command += [f"--max-steps={steps}", f"--epochs={epochs}", f"--warmup-epochs={args.warmup * epochs}"]
-    process = subprocess.Popen([sys.executable, *command], start_new_session=True)  # Ctrl-C comes here alone
-    try:
-        if process.wait():
-            raise common.UsageError(f"{method}.py ended with exit code {process.returncode}; its own message says why")
-    finally:
-        process.terminate()  # where this program was told to stop: it saves first
-        process.wait()
+    if code := exit_code(command):
+        raise common.UsageError(f"{method}.py ended with exit code {code}; its own message says why")
 
 
 def train_peer(pair, args, dataset, device, folder):
     """A plain loop, with checkpoints as ours makes them."""
-    peer, last = peer_of(pair, args, dataset, device, args.amp), folder / "last.pt"
+    layout = torch.preserve_format if pair == "moco-lightly" else torch.channels_last  # see seconds_in_turns
+    peer, last = peer_of(pair, args, dataset, device, args.amp, layout), folder / "last.pt"
     ours = pictures.Batches(dataset.train, args.batch_size, seed=args.seed)
     limit = 60 * args.minutes if args.minutes else math.inf
     total = 10_000 if args.minutes else max(1, args.images // args.batch_size)  # with --minutes, parts of the time
@@ -221,14 +216,12 @@ def train_peer(pair, args, dataset, device, folder):
             for name, tensor in peer.tensors().items():
                 tensor.copy_(saved["tensors"][name])
     while seconds < limit and (args.minutes or step < total):
-        # A leg has its own random numbers: a resumed run draws those of one that was never stopped.
-        (epoch, first), seed = divmod(step, len(ours)), (1_000_003 * args.seed + step) % 2**32
-        common.seed_everything(seed)
+        # An epoch has its own random numbers: a resumed run draws those of one that was never stopped.
+        epoch = step // len(ours)
+        common.seed_everything(seed := (1_000_003 * args.seed + step) % 2**32)
         np.random.seed(seed)
-        end = min(len(ours), first + math.ceil(len(ours) / args.legs))
-        rows = ours.order(epoch)[first * args.batch_size : end * args.batch_size].tolist()  # in our side's order
-        began, passed = now(device), seconds
-        for views in peer.loader(sampler=rows):
+        began, passed, first = now(device), seconds, step
+        for views in peer.loader(sampler=ours.order(epoch).tolist()):  # in our side's order
             schedule.step(total * passed / limit if args.minutes else step)
             loss, step = peer.step(views), step + 1
             passed = seconds + time.perf_counter() - began
@@ -236,10 +229,10 @@ def train_peer(pair, args, dataset, device, folder):
                 break
         taken = now(device) - began
         seconds += taken
-        rate = (step - epoch * len(ours) - first) * args.batch_size / taken
-        print(f"  epoch {epoch + 1}, step {step:,}, loss {loss:.3f}, {rate:,.0f} images/s", flush=True)
+        print(f"  epoch {epoch + 1}, step {step:,}, loss {loss:.3f}, {(step - first) * args.batch_size / taken:,.0f} "
+              "images/s", flush=True)
         if not loss.isfinite():
-            raise common.UsageError(f"the loss of {pair} is {loss.item()} at step {step:,}: lower --lr")
+            raise common.UsageError(f"the loss of {pair} is {loss.item()} at step {step:,}")
         state = {"step": step, "seconds": seconds, "backbone": peer.backbone_weights(), "tensors": peer.tensors(),
                  "optimizer": peer.optimizer.state_dict()}
         if step % (args.every * len(ours)) == 0:
@@ -323,7 +316,7 @@ def draw(results, file):
 
 # Flags that may be others when a comparison goes on, or that say nothing to it.
 PLACES = ("comparison", "only", "out", "data_root", "cache")
-FREE = {"speed": (*PLACES, "images", "minutes", "warmup", "every", "legs", "amp"),
+FREE = {"speed": (*PLACES, "images", "minutes", "warmup", "every", "amp"),
         "accuracy": (*PLACES, "steps", "rounds")}
 
 
@@ -338,12 +331,10 @@ def parse_args(argv):
     add("--cache", type=parser.path, help="folder for packed pictures")
     add("--width", type=whole, default=16, help="of the network; 64 is ResNet-18")
     add("--batch-size", type=parser.number(int, low=8), default=256, help="images per step")
-    add("--workers", type=parser.number(int, low=0), default=1, help="of a peer's DataLoader")
+    add("--workers", type=parser.number(int, low=0), default=max(1, min(8, os.cpu_count() - 1)),
+        help="of a peer's DataLoader (default: 8, as in lightly's benchmark, or one less than there are cores)")
     add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     add("--seed", type=parser.number(int, low=0), default=0)
-    add("--lr", type=real, help="of both sides, per 256 images (default: see RECIPES)")
-    add("--weight-decay", type=parser.number(float, low=0), help="of both sides")
-    add("--temperature", type=real, help="of both sides, SimCLR and MoCo")
     add("--steps", type=whole, default=8, help="speed: of a turn")
     add("--rounds", type=whole, default=5, help="speed: turns of each side")
     length = words.add_mutually_exclusive_group()
@@ -351,7 +342,6 @@ def parse_args(argv):
     length.add_argument("--minutes", type=real, help="accuracy: instead of --images; ours plans to use 99 %% of them")
     add("--warmup", type=parser.number(float, low=0, high=1), default=0.05, help="accuracy: share of the run")
     add("--every", type=whole, default=1, help="accuracy: epochs from point to point")
-    add("--legs", type=whole, default=4, help="accuracy: parts of a peer's epoch, after each of which it is saved")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="accuracy: precision of both sides")
     args = words.parse_args(argv)
     if any(pair.endswith("lightly") for pair in args.only) and not optional("lightly"):
@@ -371,11 +361,17 @@ def opened(args, device):
                                         "another folder")
         return file, record
     file.parent.mkdir(parents=True, exist_ok=True)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
-    names = ("torch", "torchvision", "PIL", "lightly")
-    versions = {name: getattr(optional(name), "__version__", None) for name in names}
-    return file, {"settings": settings, "machine": machine, "versions": versions,
-                  "amp": fast_precision(args, device) if args.amp == "auto" else args.amp, "results": {}}
+    amp = fast_precision(args, device) if args.amp == "auto" else args.amp
+    record = {"settings": settings, "amp": amp, "places": {}, "results": {}}
+    save(file, json.dumps(record, indent=1).encode())  # before anything is trained with these flags
+    return file, record
+
+
+def place():
+    """Where and with what a side was measured."""
+    names = ("torchvision", "PIL", "lightly")
+    versions = (f"{name} {getattr(optional(name), '__version__', None)}" for name in names)
+    return ", ".join([machine(), f"commit {commit()}", *versions])
 
 
 @harness.command
@@ -394,10 +390,12 @@ def main(argv=None):
     for side in sides:
         if side not in record["results"]:
             measure = measure_speed if args.comparison == "speed" else measure_accuracy
-            record["results"][side] = measure(side, args, dataset, device)
+            record["results"][side], record["places"][side] = measure(side, args, dataset, device), place()
             save(file, json.dumps(record, indent=1).encode())
     results = {side: record["results"][side] for side in sides}
     {"speed": print_speed, "accuracy": print_accuracy}[args.comparison](results, args)
+    if len(places := {record["places"][side] for side in sides}) > 1:
+        print("not all in one place, so minutes do not compare:", *sorted(places), sep="\n  ")
     if args.comparison == "accuracy" and optional("matplotlib"):
         draw(results, file.with_suffix(".png"))
 

@@ -56,8 +56,7 @@ def table(rows, columns):
     """Lines of Markdown."""
     groups = {}
     for row in rows:
-        if row["code"] == 0:
-            groups.setdefault(without_seed(row["name"]), []).append(row)
+        groups.setdefault(without_seed(row["name"]), []).append(row)
     flags = {name: flags_of(group[0]["command"])[1] for name, group in groups.items()}
     shared = [flag for flag in next(iter(flags.values())) if all(flag in others for others in flags.values())]
     lines = ["| " + " | ".join(TITLES.get(name, name) for name in columns) + " |", "|---" * len(columns) + "|"]
@@ -79,7 +78,9 @@ def fill(text):
     """The text of a page with its tables and figures as the measurements have them."""
     def rows_of(file, names):
         rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
-        return [row for name in names.split() for row in rows if fnmatch.fnmatch(without_seed(row["name"]), name)]
+        found = {row["name"]: row for name in names.split() for row in rows
+                 if row["code"] == 0 and fnmatch.fnmatch(without_seed(row["name"]), name)}
+        return list(found.values()) or sys.exit(f"{file}: no row has a name like {names}")
 
     def one_table(match):
         head, file, names, columns, end = match.groups()

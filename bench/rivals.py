@@ -7,14 +7,13 @@ Peer        one of them with its optimiser, its DataLoader and its step
 """
 
 import copy
-import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 import common
@@ -23,15 +22,23 @@ import moco
 SIZE = 32
 
 
+def bn_groups(batch_size):
+    """MoCo's BatchNorm groups of both sides: lightly's are of equal size."""
+    return math.gcd(moco.bn_groups(None, batch_size), batch_size)
+
+
+def lightly_views(mean, std):
+    """SimCLR's and MoCo's: half the jitter and no blur are what its documentation and its benchmark say of CIFAR."""
+    from lightly.transforms import SimCLRTransform
+    return SimCLRTransform(input_size=SIZE, cj_strength=0.5, gaussian_blur=0.0, normalize=dict(mean=mean, std=std))
+
+
 class LightlySimCLR(nn.Module):
     def __init__(self, backbone, recipe, batch_size, mean, std):
         super().__init__()
         from lightly.loss import NTXentLoss
         from lightly.models.modules import SimCLRProjectionHead
-        from lightly.transforms import SimCLRTransform
-        # Half the jitter and no blur: what its documentation and its benchmark say of CIFAR.
-        self.transform = SimCLRTransform(input_size=SIZE, cj_strength=0.5, gaussian_blur=0.0,
-                                         normalize=dict(mean=mean, std=std))
+        self.transform = lightly_views(mean, std)
         self.backbone, self.criterion = backbone, NTXentLoss(recipe["temperature"])
         self.head = SimCLRProjectionHead(backbone.dim, backbone.dim, 128)
 
@@ -46,12 +53,10 @@ class LightlyMoCo(nn.Module):
         from lightly.loss import NTXentLoss
         from lightly.models import utils
         from lightly.models.modules import MoCoProjectionHead
-        from lightly.transforms import MoCoV2Transform
         # One view asks the other, as in its example and in moco.py; its benchmark has both directions.
-        self.utils, self.m = utils, recipe["momentum_encoder"]
-        self.transform = MoCoV2Transform(input_size=SIZE, gaussian_blur=0.0, normalize=dict(mean=mean, std=std))
+        self.utils, self.m, self.transform = utils, recipe["momentum_encoder"], lightly_views(mean, std)
         self.backbone, self.head = backbone, MoCoProjectionHead(backbone.dim, backbone.dim, 128)
-        self.split(backbone, math.gcd(moco.bn_groups(None, batch_size), batch_size))
+        self.split(backbone, bn_groups(batch_size))
         self.key_backbone, self.key_head = copy.deepcopy(self.backbone), copy.deepcopy(self.head)
         for module in (self.key_backbone, self.key_head):
             utils.deactivate_requires_grad(module)
@@ -94,22 +99,25 @@ class LightlySimSiam(nn.Module):
         return (self.criterion(z0.detach(), p1) + self.criterion(z1.detach(), p0)) / 2
 
 
-def twice(view, image):
-    return view(image), view(image)
-
-
 class PlainSimCLR(nn.Module):
+    """A widely used single file, dkobak's simclr-cifar10: crops from 0.2, grey 0.1, a head of 1024, views one by one.
+
+    It does not normalise pixels; here they are, so that both sides are evaluated alike.
+    """
+
     def __init__(self, backbone, recipe, batch_size, mean, std):
         super().__init__()
-        view = T.Compose([T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(),
-                          T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(p=0.2),
-                          T.ToTensor(), T.Normalize(mean, std)])
-        self.transform, self.temperature = functools.partial(twice, view), recipe["temperature"]
-        self.backbone, c = backbone, backbone.dim
-        self.head = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, 128))
+        self.view = T.Compose([T.RandomResizedCrop(SIZE, scale=(0.2, 1.0)), T.RandomHorizontalFlip(),
+                               T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(p=0.1),
+                               T.ToTensor(), T.Normalize(mean, std)])
+        self.backbone, self.temperature = backbone, recipe["temperature"]
+        self.head = nn.Sequential(nn.Linear(backbone.dim, 1024), nn.ReLU(), nn.Linear(1024, 128))
+
+    def transform(self, image):
+        return self.view(image), self.view(image)
 
     def forward(self, views):
-        z = F.normalize(self.head(self.backbone(torch.cat(views))), dim=1)         # (2N, 128)
+        z = F.normalize(torch.cat([self.head(self.backbone(x)) for x in views]), dim=1)      # (2N, 128)
         s = (z @ z.T / self.temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
         return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
@@ -150,17 +158,6 @@ class Pictures(Dataset):
 
     def __getitem__(self, i):
         return self.transform(Image.fromarray(self.images[i]))
-
-
-class Endless(Sampler):
-    """Random rows for ever: workers always have something to prepare."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __iter__(self):
-        while True:
-            yield from torch.randperm(self.n).tolist()
 
 
 class Peer:

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,9 +47,25 @@ def leave_one_out(features, labels, classes, ks=(20, 200)):
 
 
 def machine():
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model or platform.machine()} CPU"
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), platform.machine())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model} CPU"
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def commit():
+    words = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def exit_code(command, **settings):
+    """Run a Python program to its end; where this one is told to stop (Ctrl-C comes here alone), it is, and saves."""
+    process = subprocess.Popen([sys.executable, *command], start_new_session=True, **settings)
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def score(run, environment):
@@ -67,22 +84,23 @@ def score(run, environment):
         return {}
     on_test = json.loads((run / "args.json").read_text())["knn_split"] == "test"
     if not (run / "linear/scores.json").exists():
-        call(ROOT / "linear.py", "--checkpoint", run, "--out", run / "linear", "--quiet",
-             *(("--no-validation", "--test") if on_test else ()))
+        begin = ("--resume", run / "linear") if (run / "linear/last.pt").exists() else (
+            "--checkpoint", run, "--out", run / "linear", *(("--no-validation", "--test") if on_test else ()))
+        call(ROOT / "linear.py", *begin, "--quiet")
     return leave_one_out(features, labels, len(found["classes"])) | score(run / "linear", environment)
 
 
-def one(name, command, run, data, out):
+def one(name, command, run, data, out, lock):
     words = command.replace("RUNS/", f"{run.parent}/")
     method, *flags = (word if word != "DATA" else data for word in shlex.split(words))
     flags = ["--resume", str(run)] if (run / "last.pt").exists() else [*flags, "--out", str(run)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     print(f"{name}: python {method} {' '.join(flags)}", flush=True)
-    command_line = [sys.executable, str(ROOT / method), *flags, "--quiet"]
-    with open(f"{run}.log", "a") as log:
-        code = subprocess.run(command_line, stdout=log, stderr=log).returncode
+    with open(f"{run}.log", "a") as log:  # the lock is the training's too: it holds as long as that lives
+        code = exit_code([str(ROOT / method), *flags, "--quiet"], stdout=log, stderr=log, pass_fds=[lock.fileno()])
+    if not 0 <= code < 128:
+        sys.exit(f"{name}: ended by a signal; the same command goes on with it")
     rows = read_metrics(run)
-    record = {"name": name, "command": command, "commit": commit.strip(), "machine": machine(), "code": code}
+    record = {"name": name, "command": command, "commit": commit(), "machine": machine(), "code": code}
     if code == 0:
         record |= {"untrained": rows[0].get("knn"), **rows[-1], **score(run, os.environ)}
     with open(out, "a") as file:
@@ -118,7 +136,7 @@ def main(argv=None):
                     continue  # another of these programs is at it
                 if out.exists() and any(json.loads(line)["name"] == name for line in out.read_text().splitlines()):
                     continue
-                one(name, command, folder / name, args.data, out)
+                one(name, command, folder / name, args.data, out, lock)
                 break
         else:
             if not waiting:
@@ -127,4 +145,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -223,7 +223,8 @@ def recipe_of(args, recipes, source):
 
 def fill_flags(args, recipe):
     """Give every flag that is still None its value from a table of defaults; keep the table's rate, for health.py."""
-    if {"lr", "batch_size"} <= recipe.keys():
+    theirs = getattr(args, "optimizer", None) in (None, recipe.get("optimizer"))
+    if {"lr", "batch_size"} <= recipe.keys() and theirs:
         args.usual_step_lr = recipe["lr"] * recipe["batch_size"] / 256
     for name, value in recipe.items():
         if name == "warmup_epochs":  # a run of fewer epochs than the table's warms up for a shorter while

@@ -58,6 +58,21 @@ class Facts:
         return (max(now), max(before)) if now and before and self.queries >= 50 else None
 
     @property
+    def knn_noise(self):
+        """Two standard errors of the untrained network's kNN, percent."""
+        before = self.knn[1] / 100
+        return 200 * math.sqrt(before * (1 - before) / self.queries)
+
+    def error(self, value):
+        """The standard error of `self.name` where it is value, as they stand in a row."""
+        unit, samples = 1 if self.name == "accuracy" else 100, max(SAMPLES, self.images)
+        if self.name == "knn":
+            samples = self.queries
+        elif self.name == "rotation" and not self.args.get("one_rotation"):
+            samples *= 4
+        return unit * math.sqrt(max(0, value / unit * (1 - value / unit)) / samples)
+
+    @property
     def chance(self):
         """Of `accuracy` and `rotation`, as they stand in a row."""
         if self.name == "rotation":
@@ -94,10 +109,8 @@ def at_chance(facts):
     means = facts.means()
     if facts.name not in ("accuracy", "rotation") or not means:
         return None
-    now, chance, unit = means[-1][0], facts.chance, 100 if facts.name == "rotation" else 1
-    samples = max(SAMPLES, facts.images)
-    error = unit * math.sqrt(chance / unit * (1 - chance / unit) / samples)
-    if now - chance > max(4 * error, 1 if unit == 100 else chance):
+    now, chance = means[-1][0], facts.chance
+    if now - chance > max(4 * facts.error(chance), 1 if facts.name == "rotation" else chance):
         return None
     slow = facts.args.get("momentum_encoder", 1)
     change = rate(facts.args) if slow >= 0.9 else f"--momentum-encoder 0.99, now {slow:g}"
@@ -115,11 +128,11 @@ def collapsed(facts):
     if "std" in row and row["loss"] < 0:  # minus a cosine
         if row["std"] < 0.5:
             return f"std {row['std']:.2f} (1: spread, 0: collapsed)", change
-        if row["loss"] < (-0.95 if row["step"] < facts.total / 2 else -0.99):
-            return f"loss {row['loss']:.3f}, so near -1 too early", change
+        if row["loss"] < (-0.95 if row["std"] < 0.9 else -0.99):
+            return f"loss {row['loss']:.3f} (collapsed: -1), std {row['std']:.2f}", change
     if rank is not None and rank < min(2, facts.untrained.get("rank") or 2):
         return f"rank {rank:.2f}: the features of all images point one way", change
-    if facts.knn and facts.knn[0] < 0.5 * facts.knn[1]:
+    if facts.knn and facts.knn[0] < min(0.5 * facts.knn[1], facts.knn[1] - facts.knn_noise):
         return f"knn {facts.knn[0]:.1f} %, untrained {facts.knn[1]:.1f} %", change
 
 
@@ -131,11 +144,10 @@ def fall(facts):
     steps = (2 * facts.args.get("queue_size", 0) + facts.images) / facts.args["batch_size"]
     *earlier, now = facts.means(steps) or [None]
     best = max(earlier, default=None)
-    if not best:
+    if not best or facts.name == "knn" and not facts.knn:
         return None
-    unit, samples = 100 if facts.name == "rotation" else 1, max(SAMPLES, facts.images)
-    error = unit * math.sqrt(2 * best[0] / unit * max(0, 1 - best[0] / unit) / samples)  # of a difference
-    if now[0] < best[0] - max(0.2 * best[0], 4 * error) and now[1] > best[1]:
+    noise = 4 * math.sqrt(2) * facts.error(best[0])  # of a difference
+    if now[0] < best[0] - max(0.2 * best[0], noise) and now[1] > best[1]:
         return f"{facts.name} fell from {best[0]:.3g} to {now[0]:.3g}, loss climbed from {best[1]:.3g} to {now[1]:.3g}"
 
 
@@ -163,9 +175,21 @@ def below_untrained(facts):
     if not facts.knn or facts.rows[-1]["step"] < facts.total / 3:
         return None
     now, before = facts.knn
-    if now < before - 200 * math.sqrt(before / 100 * (1 - before / 100) / facts.queries):
+    if now < before - facts.knn_noise:
         change = "without --no-color-jitter" if facts.args.get("no_color_jitter") else rate(facts.args)
         return f"knn {now:.1f} %, untrained {before:.1f} %", change
+
+
+def shortcut(facts):
+    """Partners are found, classes are not: by colours alone, say, or by what BatchNorm tells of a group."""
+    accuracy = facts.name == "accuracy" and facts.latest("accuracy")
+    if accuracy and accuracy > 0.9 and facts.knn and facts.rows[-1]["step"] > facts.total / 3:
+        now, before = facts.knn
+        if now < before + facts.knn_noise:
+            given = [f"without --{name.replace('_', '-')}" for name in ("no_color_jitter", "no_shuffle_bn")
+                     if facts.args.get(name)]
+            change = given[0] if given else "stronger views"
+            return f"accuracy {accuracy:.3g}, and knn {now:.1f} %, untrained {before:.1f} %", change
 
 
 RULES = {
@@ -174,6 +198,7 @@ RULES = {
     "old keys of a picture are its negatives": own_keys,
     "learning rate too high": rising,
     "worse than untrained": below_untrained,
+    "solved by a shortcut": shortcut,
 }
 
 
@@ -186,7 +211,7 @@ def examine(args, rows):
     """Findings of the rules on a run as it stood after the last row; none before there is evidence."""
     facts = Facts(args, rows)
     found = {wrong: facts.rows and rule(facts) for wrong, rule in RULES.items()}
-    if found["collapsed"]:
+    if found["collapsed"] or found["solved by a shortcut"]:
         found["worse than untrained"] = None  # says nothing more
     return [Finding(wrong, *words) for wrong, words in found.items() if words]
 
@@ -206,6 +231,8 @@ def speak(run):
 def diagnose(args, rows):
     """Lines on a run: its findings, or "healthy: ..." with the figures that were looked at."""
     facts, found = Facts(args, rows), examine(args, rows)
+    if not facts.rows and rows and rows[-1]["step"] >= facts.total:
+        return [f"too short to judge: nothing is before step {facts.first:,}, and the run has {rows[-1]['step']:,}"]
     if not facts.rows:
         return [f"too early to say: nothing is judged before the end of the epoch that has step {facts.first:,}"]
     names = [name for name in ("loss", "accuracy", "rotation", "std", "knn", "rank", "agreement")

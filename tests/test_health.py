@@ -84,22 +84,34 @@ CASES = {  # name: (flags beside ARGS, rows, what is wrong, what must stand in t
     "one way up": ({}, make_rows(loss=1.386, rotation=26.0), "at chance", "rotation 26, by chance 25"),
     "some rotations": ({}, make_rows(loss=1.3, rotation=33.0), None, ""),
     "forgetting": ({}, make_rows(loss=line(0.9, 1.2), rotation=line(60, 40)), "learning rate too high", "53.7 to 40"),
+    "four rotations of 900 images": (dict(contents={"train": [900, "a"]}), make_rows(steps=4, rotation=[28.5] * 40),
+                                     None, ""),
     # SimSiam
     "spread": ({}, make_rows(loss=line(-0.1, -0.93), std=0.97), None, ""),
     "narrow": ({}, make_rows(loss=-0.9, std=0.41), "collapsed", "std 0.41"),
     "through z": (dict(no_stop_gradient=True), make_rows(loss=-0.9, std=0.41), "collapsed", "without --no-stop-gra"),
-    "-0.97 too early": (dict(no_predictor=True), make_rows(loss=-0.97, std=0.8), "collapsed", "without --no-predictor"),
+    "-0.97": (dict(no_predictor=True), make_rows(loss=-0.97, std=0.8), "collapsed", "without --no-predictor"),
     "-0.96 at the end": (dict(epochs=20), make_rows(loss=line(-0.1, -0.96), std=0.9), None, ""),
+    "kNN falls by the noise of 60": (dict(contents={"train": [4000, "a"], "val": [60, "b"]}), make_rows(
+        loss=line(-0.6, -0.599), std=0.97, knn=line(20, 15)), None, ""),
+    "kNN falls": ({}, make_rows(dict(knn=12.0), loss=line(-0.7, -0.6), std=0.97, knn=line(40, 20)),
+                  "learning rate too high", "knn fell from"),
     "a loss of BYOL": ({}, make_rows(loss=0.3, std=0.4), None, ""),
     # whatever the method
     "one direction": ({}, make_rows(dict(rank=9.0), rank=1.3, accuracy=0.1), "collapsed", "rank 1.30"),
     "one direction from the start": ({}, make_rows(dict(rank=1.2), rank=1.3, accuracy=0.1), None, ""),
     "far below untrained": ({}, make_rows(dict(knn=30.0), knn=12.0, accuracy=0.1), "collapsed", "untrained 30.0 %"),
+    "one of 60 images less": (dict(contents={"train": [4000, "a"], "val": [60, "b"]}), make_rows(
+        dict(knn=1.7), knn=0.0, accuracy=0.1), None, ""),
     "below untrained": (dict(epochs=50), make_rows(dict(knn=30.0), knn=24.0, accuracy=0.1), "worse than untrained", ""),
     "by chance": (dict(epochs=50), make_rows(dict(knn=30.0), knn=27.0, accuracy=0.1), None, ""),
     "before a third": ({}, make_rows(dict(knn=30.0), knn=24.0, accuracy=0.1), None, ""),
     "shortcut": (dict(epochs=50, no_color_jitter=True), make_rows(dict(knn=30.0), knn=24.0, accuracy=0.9),
                  "worse than untrained", "without --no-color-jitter"),
+    "simclr.py --no-color-jitter on the toy set": (
+        dict(epochs=20, no_color_jitter=True), make_rows(dict(knn=27.9), knn=29.6, accuracy=0.93),
+        "solved by a shortcut", "accuracy 0.93, and knn 29.6 %, untrained 27.9 %; try without --no-color-jitter"),
+    "nearly solved, and well": (dict(epochs=20), make_rows(dict(knn=27.9), knn=60.0, accuracy=0.93), None, ""),
     "a better layer": (dict(epochs=50), make_rows(dict(knn=30.0, knn_layer2=28.0), knn=20.0, knn_layer2=31.0,
                                                   rotation=60.0), None, ""),
     "measured now and then": (dict(epochs=50), make_rows(dict(knn=30.0), knn=[None] * 15 + [24.0] + [None] * 4,
@@ -117,6 +129,14 @@ def test_healthy_and_sick_runs(name):
     assert words in "".join(map(str, found))
     lines = health.diagnose(ARGS | flags, rows)
     assert lines == [str(finding) for finding in found] or lines[0].startswith(("healthy: loss", "too early"))
+
+
+def test_a_run_that_ended_too_soon_is_not_asked_to_go_on():
+    args = ARGS | dict(epochs=3)
+    assert health.diagnose(args, make_rows(accuracy=[0.002] * 2)) == [
+        "too early to say: nothing is judged before the end of the epoch that has step 100"]
+    assert health.diagnose(args, make_rows(accuracy=[0.002] * 3)) == [
+        "too short to judge: nothing is before step 100, and the run has 45"]
 
 
 @pytest.mark.parametrize("file", sorted(plot.REFERENCES.glob("*.jsonl")), ids=lambda file: file.stem)
