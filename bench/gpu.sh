@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under 25 minutes, for so is the sum of the limits; or its first three, whose last
+# Everything that wants a GPU, in 26 minutes at most, the sum of the limits; or its first three, whose last
 # lines are worth an issue from the owner of any GPU:
 #     bash bench/gpu.sh OUT [DATA_ROOT]
 #     bash bench/gpu.sh OUT --short

@@ -10,7 +10,7 @@ A table stands below its recipe, a comment: rows of bench/runs.py (of these name
     <!-- end -->
 
 A single figure stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`.
-Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean, and in brackets least and most.
+Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean (min to max).
 `flags` are those that not all rows of the table share; the shared ones stand below it.
 """
 
@@ -43,7 +43,7 @@ def flags_of(command):
 
 
 def figure(values, name):
-    """The mean of some seeds, and least and most."""
+    """The mean of some seeds, and the smallest and the largest."""
     values = [value / 60 if name == "seconds" else value for value in values if value is not None]
     digits = {"agreement": 2, "seconds": 1}.get(name, 1)
     if not values:
@@ -56,7 +56,8 @@ def table(rows, columns):
     """Lines of Markdown."""
     groups = {}
     for row in rows:
-        groups.setdefault(without_seed(row["name"]), []).append(row)
+        if row["code"] == 0:
+            groups.setdefault(without_seed(row["name"]), []).append(row)
     flags = {name: flags_of(group[0]["command"])[1] for name, group in groups.items()}
     shared = [flag for flag in next(iter(flags.values())) if all(flag in others for others in flags.values())]
     lines = ["| " + " | ".join(TITLES.get(name, name) for name in columns) + " |", "|---" * len(columns) + "|"]
@@ -79,7 +80,7 @@ def fill(text):
     def rows_of(file, names):
         rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
         found = {row["name"]: row for name in names.split() for row in rows
-                 if row["code"] == 0 and fnmatch.fnmatch(without_seed(row["name"]), name)}
+                 if fnmatch.fnmatch(without_seed(row["name"]), name)}
         return list(found.values()) or sys.exit(f"{file}: no row has a name like {names}")
 
     def one_table(match):
