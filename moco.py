@@ -19,32 +19,37 @@ Read on     Fig. 2     Large and consistent: end-to-end training has no large di
             4.1        m from 0.99 to 0.9999 works, 0.9 is considerably worse, 0 does not converge.
             A.9        How to see that BatchNorm leaks the answer: pretext accuracy soon passes 99.9 % while
                        kNN falls (the paper's Fig. A.1).
-            v2, Tab. 1 The MLP head gains 5.6 points, stronger views 2.8, both and the cosine 6.9.
+            v2, Tab. 1 The MLP head with T 0.2 gains 5.6 points (2.3 at T 0.07), blur 2.8, both with the
+                       cosine 6.9.
 Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook   here
             --lr                0.03 x bs/256            0.03 x bs/256             photos, cifar: the same
-            --batch-size        256                      512                       likewise
-            --weight-decay      1e-4                     5e-4                      likewise
-            --epochs            200                      200                       likewise
+            --image-size        224                      32                        photos 128, stl10 96, cifar 32
+            --batch-size        256                      512                       photos 256, cifar 512
+            --weight-decay      1e-4                     5e-4                      photos 1e-4, cifar 5e-4
+            --epochs            200                      200                       200
             --queue-size        65536                    4096                      photos at most 4096: departure 3
             --momentum-encoder  0.999                    0.99                      photos 0.99: departure 3
             --temperature       0.07 / 0.2               0.1                       photos as v2, cifar 0.1
-            --head              linear / mlp             linear                    likewise
-            --min-crop          0.2                      0.08                      likewise
-            --blur              0 / 0.5                  0                         likewise
-            --bn-splits         8 GPUs, of 32 images     8, of 64                  of 32 images, 2 to 8
+            --head              linear / mlp             linear                    photos mlp, cifar linear
+            --min-crop          0.2                      0.08                      photos 0.2, cifar 0.08
+            --blur              0 / 0.5                  0                         photos 0.5, cifar 0
+            --bn-splits         8 GPUs, of 32 images     8, of 64                  8; small batches fewer
             momentum 0.9, no warm-up, 128-d keys; v1 steps, v2 and notebook cosine; --v1 takes v1's
 Published   ImageNet, ResNet-50, linear, 200 epochs: v1 60.6 %, v2 67.5 % (71.1 % after 800).
             CIFAR-10, ResNet-18 (the notebook), kNN with k 200 of the 128-d output on the test images, after
             200 / 400 / 800 epochs: 82.6 / 86.3 / 88.7 %, with --symmetric 85.3 / 88.5 / 89.7 % (linear 90.7).
-            Its kNN is that of knn.py --projector --split test; `knn` here is that of the backbone.
-Departures  1. ResNet-18; the papers train ResNet-50, the notebook ResNet-18.
+            Ours for that: --data cifar10 --knn-split test, which holds no training images out, then
+            knn.py --projector --split test; `knn` here is that of the backbone.
+Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images packed at that size; the papers
+               train ResNet-50 at 224 px and crop the full image. The notebook: ResNet-18, 32 px, as here.
             2. The cosine falls every step, not every epoch as in the code.
-            3. A folder of photos has thousands of images, not a million. A queue longer than that holds old
-               keys of the query's own image, and with 10,000 images m = 0.999 averages over 25 epochs. So K is
-               4096 or, if that is less, a power of two of at most a quarter of the images (a batch at least): kNN
+            3. A folder of photos has thousands of images, not a million. The longer the queue, the more often it
+               holds an old key of the query's own image; and with 10,000 images m = 0.999 averages over 25
+               epochs. So K is a power of two of at most a quarter of the images (a batch at least): kNN
                of 4,500 photos after 20 epochs 35.1 % against 31.4 with 4096 keys and groups of 16 (two seeds,
                width 16, 64 px; no GPU has confirmed it). --recipe paper takes the paper's K and m.
-            4. Eight GPUs are simulated by --bn-splits groups of one device's batch, as in the notebook.
+            4. Eight GPUs are simulated by --bn-splits groups of one device's batch, as in the notebook. Several
+               processes share them, rounded down, one each at least.
             5. Algorithm 1 updates f_k after the SGD step; here, as in the authors' code, before the next keys
                are made. The keys are the same: the only further update is the very first, of equal weights.
             6. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
@@ -112,7 +117,7 @@ def parse_args(argv=None):
     add("--head", "projection head: one linear layer (v1) or two (v2)", choices=("linear", "mlp"))
     add("--dim", "C, width of queries and keys", type=harness.number(int, low=2), default=128)
     add("--bn-splits", "groups of a batch, each with its own BatchNorm statistics as on a GPU of its own "
-        "(default: groups of 32 images as in the paper, 2 to 8 of them)", type=harness.number(int, low=1),
+        "(default: 8, or as many as leave 32 images in each, but 2 at least)", type=harness.number(int, low=1),
         default=None)
     add("--symmetric", "both views are queries, twice the work per step", action="store_true")
     add("--v1", "the first paper: linear head, T 0.07, its views, lr / 10 at 60 and 80 %% of the run",
@@ -139,15 +144,15 @@ def bn_groups(splits, batch_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# Views (v1: Section 3.3 "Technical details"; v2: those of SimCLR with a weaker jitter)
+# Views (v1: Section 3.3 "Technical details"; v2 adds SimCLR's blur; figures from the authors' code)
 # ------------------------------------------------------------------------------------------------
 
 
 def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
-    returns  (N, 3, size, size) float32, normalised, channels_last.
+    images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
     """
     x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
                                     aspect=aspect, generator=generator)
@@ -185,7 +190,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"{len(x)} images cannot be split into {self.splits} BatchNorm groups")
         # Every group moves its own copy of the running statistics; what is kept is the mean of the copies.
         means, variances = (s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var))  # (splits, C)
-        sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]  # tensor_split: slow gradients
+        sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]  # tensor_split()'s is slow
         groups = [
             F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
             for group, mean, variance in zip(x.split(sizes), means, variances, strict=True)
@@ -214,8 +219,8 @@ class MoCo(nn.Module):
     backbone    maps x to (N, backbone.dim); its BatchNorm2d are replaced by SplitBatchNorm.
     dim         C, the width of q and k.  queue_size: K.  head: "mlp" or "linear".  bn_splits: groups.
     forward(x_q, x_k, order)   (N, 3, S, S) twice -> q (N, C), k (N, C), unit rows; k without gradient.
-                order (N,) int64, a permutation: the order in which the key encoder sees the rows of x_k (with
-                several processes: of all their rows, the same everywhere); None: unshuffled.
+                order (N,) int64, a permutation: the order in which the key encoder sees the rows of x_k; of P
+                processes (P*N,), of all their rows, the same on each. None: unshuffled.
                 Row i of q and k comes from image i in either case.
     Source      He et al. 2019, Section 3.2 and 3.3; Chen et al. 2020 for the head.
     """
@@ -223,9 +228,9 @@ class MoCo(nn.Module):
     def __init__(self, backbone, dim=128, queue_size=65536, head="mlp", bn_splits=8):
         super().__init__()
         self.backbone = split_batch_norm(backbone, bn_splits)
-        c = backbone.dim
-        hidden = [nn.Linear(c, c), nn.ReLU(inplace=True)] if head == "mlp" else []              # [V2]
-        self.projector = nn.Sequential(*hidden, nn.Linear(c, dim))
+        width = backbone.dim
+        hidden = [nn.Linear(width, width), nn.ReLU(inplace=True)] if head == "mlp" else []      # [V2]
+        self.projector = nn.Sequential(*hidden, nn.Linear(width, dim))
         # f_k starts as a copy of f_q and never sees a gradient. Its BatchNorm buffers remain its own.
         self.key_encoder = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(False)
         # Buffers are saved with the weights: a resumed run goes on with the keys it had.
@@ -262,7 +267,7 @@ class MoCo(nn.Module):
 
 def build_model(args):
     backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width), args)
-    groups = max(1, args.bn_splits // distributed.size())  # each process is a group by nature
+    groups = max(1, args.bn_splits // distributed.size())  # a process is a group already
     return MoCo(backbone, args.dim, args.queue_size, args.head, groups)
 
 
@@ -297,7 +302,7 @@ def info_nce(q, k, queue, temperature):
     l_neg = q @ queue.T                                         # (N, K)
     logits = torch.cat([l_pos, l_neg], dim=1) / temperature     # (N, 1+K)
     # The positive stands in column 0, so the "class" of every row is 0. All zeros is right.
-    return F.cross_entropy(logits.float(), torch.zeros(len(q), dtype=torch.long, device=q.device))
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
 @torch.no_grad()
@@ -305,9 +310,10 @@ def contrastive_accuracy(q, k, queue):
     """Share of queries that are closer to their own key than to any of the queue; chance is 1/(1 + K).
 
     q, k     (N, C) unit rows.  queue (K, C) unit rows.
-    returns  scalar in [0, 1]. A tie is a miss: where all keys are the same, nothing has been found.
+    returns  scalar in [0, 1]. A lead of less than 1e-3 may be rounding (TF32 on a GPU) and is a miss: where all keys
+             are the same, nothing has been found.
     """
-    return ((q * k).sum(dim=1) > (q @ queue.T).amax(dim=1)).float().mean()
+    return ((q * k).sum(dim=1) - (q @ queue.T).amax(dim=1) > 1e-3).float().mean()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,9 +332,9 @@ def main(argv=None):
         lr = args.step_lr or args.lr * args.batch_size / 256
         optimizer = torch.optim.SGD(model.query_parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
                                     fused=True)
+        milestones = [round(share * run.total_steps) for share in (0.6, 0.8)]  # --v1: epochs 120 and 160 of 200
         schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps,
-                                      kind="steps" if args.v1 else "cosine",
-                                      milestones=(0.6 * run.total_steps, 0.8 * run.total_steps))  # 120, 160 of 200
+                                      kind="steps" if args.v1 else "cosine", milestones=milestones)
         network = run.begin(model, optimizer, views=two_crops,
                             chance=f"log(1 + K) = {math.log(1 + args.queue_size):.2f}")
         directions = 2 if args.symmetric else 1
@@ -341,7 +347,7 @@ def main(argv=None):
         for images, aspect, _ in run.steps():                          # for x in loader              [A1]
             schedule.step(run.position)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)             [A1]
-            # How the keys are shuffled into BatchNorm groups: drawn for this step, like its views.   [S3.3]
+            # How keys are shuffled into BatchNorm groups: those of x2, and with --symmetric of x1.   [S3.3]
             order1, order2 = (None if args.no_shuffle_bn else run.random.permutation(args.batch_size)
                               for _ in range(2))
             # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder. [E2] [A1]
@@ -352,7 +358,7 @@ def main(argv=None):
                     q2, k1 = network(x2, x1, order1)
             loss = info_nce(q1, k2, model.queue, args.temperature)     #                        [E1] [A1]
             if args.symmetric:
-                # Both halves meet the queue as it was: k2 in it would be a negative for q2, of the same image.
+                # Both halves meet the queue as it was: k2, a key of q2's very view, must not be its negative.
                 # Their sum, not their mean: the notebook's learning rate is meant for it.
                 loss = loss + info_nce(q2, k1, model.queue, args.temperature)
 

@@ -14,20 +14,21 @@ Map         Eq. 1 -> negative_cosine() [E1] | Eq. 2 -> symmetric_loss() [E2] | E
             negative_cosine() [E3] | Eq. 4 -> symmetric_loss() [E4] | Algorithm 1 -> main() [A1]
             Section 3 baseline -> SimSiam [S3] | Section 4.1, std of z -> output_std() [S4.1]
 Read on     4.1, 4.2  Without stop-gradient, or without h, ImageNet accuracy is 0.1 %. With h the identity the
-                 symmetric loss has the gradient of D(z1, z2), halved: stop-gradient then changes nothing.
+                 symmetric loss has the gradient of D(z1, z2), halved: stop-gradient then only halves the step.
             4.4  BatchNorm helps optimisation; "no evidence" that it prevents collapse.
             4.6  One direction alone, D(p1, z2), works too: 64.8 % against 68.1 % after 100 epochs.
             5    A hypothesis: training alternates between f and the mean output of an image over its views;
                  h stands in for that mean. (With a moving average in its place: 55.0 % without h, 5.2.)
 Recipe      flag            paper, ImageNet    paper, CIFAR (App. D)  here
-            --lr            0.05 x bs/256      0.03 x bs/256          photos 0.5: departure 6, cifar as CIFAR
-            --batch-size    512                512                    photos 256 (one GPU), cifar 512
-            --weight-decay  1e-4               5e-4                   likewise
+            --lr            0.05 x bs/256      0.03 x bs/256          photos 0.5: departure 6, cifar as the paper
+            --image-size    224                32                     photos 128, stl10 96 (one GPU), cifar 32
+            --batch-size    512 (Table 4: 256) 512                    photos 256, cifar 512
+            --weight-decay  1e-4               5e-4                   as the paper
             --epochs        100 (to 800)       800                    photos 200, cifar 800
-            --proj-layers   3                  2                      likewise
-            --blur          0.5 (code)         0                      likewise
+            --proj-layers   3                  2                      as the paper
+            --blur          0.5 (code)         0                      as the paper
             momentum 0.9, cosine, no warm-up below a batch of 1024 (photos 10 epochs), constant lr of h (Section 4.2)
-Published   ImageNet, ResNet-50, linear: 68.1 / 70.0 / 70.8 / 71.3 % after 100 / 200 / 400 / 800 epochs.
+Published   ImageNet, ResNet-50, linear (Table 4): 68.1 / 70.0 / 70.8 / 71.3 % after 100 / 200 / 400 / 800 epochs.
             CIFAR-10, ResNet-18, linear on the test images: 91.8 % after 800 epochs (Appendix D).
 Departures  1. ResNet-18 on images of every size; the paper trains ResNet-50, and ResNet-18 on CIFAR-10 alone.
             2. The projector's hidden layers are as wide as the backbone's output (512), as in the authors'
@@ -36,9 +37,9 @@ Departures  1. ResNet-18 on images of every size; the paper trains ResNet-50, an
             3. The cosine falls every step, not every epoch as in the code.
             4. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
             5. BatchNorm sees the batch of all processes, as in the paper, on GPUs only; on CPUs its own share.
-            6. `photos` takes a rate ten times the paper's, whose settings are --recipe paper: a folder of thousands
-               makes few steps. kNN of 4,500 photos after 20 epochs 32.2 % against 28.2 (two seeds, width 16, 64 px; no
-               GPU has confirmed it).
+            6. `photos` takes a rate ten times the paper's, and a warm-up; --recipe paper does not. (Section 6.1 has 0.5
+               too, with weight decay 1e-5, for transfer.) A folder of thousands makes few steps: kNN of 4,500 photos
+               after 20 epochs 32.2 % against 28.2 (two seeds, width 16, 64 px; no GPU has confirmed it).
 Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0.9, never quite to -1.
             `std` is the standard deviation of z/|z| times sqrt(d): 1 for healthy outputs, 0 once all images
             give the same z. Ablations on `toy`, --epochs 3 --amp off (and 6), kNN untrained 27.9 %:
@@ -94,20 +95,20 @@ def parse_args(argv=None):
     add("--pred-dim", "hidden width of the predictor, a bottleneck: the paper keeps it at a quarter of --dim",
         type=harness.number(int, low=1), default=512)
     add("--no-stop-gradient", "ablation: let the gradient into z; collapses", action="store_true")
-    add("--no-predictor", "ablation: h = identity; collapses", action="store_true")
+    add("--no-predictor", "ablation: h = identity; collapses in the paper", action="store_true")
     return harness.parse(parser, argv)
 
 
 # ------------------------------------------------------------------------------------------------
-# Views (Section 3, baseline settings: those of SimCLR and MoCo v2)
+# Views (Appendix A "Data augmentation": those of MoCo v2)
 # ------------------------------------------------------------------------------------------------
 
 
 def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
-    returns  (N, 3, size, size) float32, normalised, channels_last.
+    images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
     """
     x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
                                     aspect=aspect, generator=generator)
@@ -155,7 +156,7 @@ class SimSiam(nn.Module):
 
 
 def build_model(args):
-    # Every residual branch starts at zero: each block begins as the identity (the authors' code).
+    # Every residual branch starts at zero: each block begins as the identity (Appendix A).
     backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return SimSiam(backbone, args.dim, args.pred_dim, args.proj_layers, predictor=not args.no_predictor)
 
@@ -180,7 +181,12 @@ def negative_cosine(p, z, stop_gradient=True):
 
 
 def symmetric_loss(p1, z1, p2, z2, stop_gradient=True):
-    """Each view predicts the other; chance is 0.  Source: Chen & He 2020, Eq. 2 and 4."""
+    """Each view predicts the other.
+
+    p1, z1, p2, z2  (N, d) float; row i of all four comes from image i, 1 and 2 are its views.
+    returns         scalar in [-1, 1], the mean over N; chance is 0.
+    Source          Chen & He 2020, Eq. 4 (Eq. 2 without stop-gradient).
+    """
     # L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2                                  [E2] [E4]
     return 0.5 * negative_cosine(p1, z2, stop_gradient) + 0.5 * negative_cosine(p2, z1, stop_gradient)
 

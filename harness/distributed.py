@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 moco.py --data ./food-11
 
 PyTorch's distributed engine does the work: NCCL between GPUs, Gloo between CPUs, gradients averaged by
-DistributedDataParallel. Every process draws the views of the whole batch from the same seed and keeps its own
-rows (common.Draws), so a seed trains the same run on one process and on eight, as far as the method allows.
-Process 0 alone prints, writes and evaluates. Without torchrun functions return what they got.
+DistributedDataParallel. Every process draws its own part of what one alone would draw (common.Draws), so a seed
+trains the same run on one process and on eight, as far as the method allows. Process 0 alone prints, writes and
+evaluates. Without torchrun functions return what they got.
 """
 
 import contextlib
@@ -123,7 +123,7 @@ class _GatherWithGradient(torch.autograd.Function):
     def backward(ctx, gradient):
         # The rows of process r stand in everybody's loss. Keeping one's own part of the gradient only
         # would leave out what r's rows do as negatives elsewhere: 1/size of the truth.
-        total = gradient.contiguous()
+        total = gradient.clone(memory_format=torch.contiguous_format)  # autograd may give others the same tensor
         dist.all_reduce(total)
         return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 

@@ -51,7 +51,8 @@ def training_parser(file, doc, recipes, without=()):
     add("--skip-unreadable", "go on without pictures that cannot be read; they are counted and listed",
         action="store_true")
     parser.title = "recipe"
-    add("--recipe", "paper: for photos the settings of the paper, not ours; list: print the defaults, and exit",
+    add("--recipe", "paper: for photos the paper's values where ours differ on purpose, at a batch and image size "
+        "for one GPU; list: print the defaults, and exit",
         choices=("paper", "list"), default=None)
     add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone", type=whole(low=8))
     add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "
@@ -64,7 +65,7 @@ def training_parser(file, doc, recipes, without=()):
         "metrics.jsonl, interruptions left out; starting, packing pictures and what linear.py does last come on top",
         type=real(above=0), default=None, group=length)
     add("--batch-size", "images per step", type=whole(low=2))
-    add("--lr", "learning rate per 256 images; that of a step is in proportion to the batch size; too high: the loss "
+    add("--lr", "learning rate of a batch of 256; that of a step grows with the batch; too high: the loss "
         "stays at chance or turns NaN", type=real(above=0), action=Rate, group=rates)
     add("--step-lr", "instead of --lr: the learning rate per step, whatever the batch size, as most articles give it",
         type=real(above=0), action=Rate, group=rates)
@@ -201,14 +202,13 @@ def recipe_of(args, recipes, source):
     raises  UsageError where there is no such recipe.
     """
     kind, given = source.kind, f"--data {args.data}"
-    if args.recipe == "paper" and kind not in ("cifar", "stl10"):  # theirs are papers' already
-        if kind != "photos" or "paper" not in recipes:
-            raise UsageError(f"--recipe paper: {args.method}.py has none for {given}")
-        return recipes["paper"]
     if kind not in recipes:
         raise UsageError(f"{given}: RECIPES of {args.method}.py has no entry for its kind, {kind!r}")
-    if kind not in ("photos", "cifar"):
-        return recipes[kind]
+    if args.recipe == "paper":
+        papers = {"cifar": "cifar", "stl10": "stl10", "photos": "paper"}.get(kind)  # the first two are papers' already
+        if papers not in recipes:
+            raise UsageError(f"--recipe paper: {args.method}.py has none for {given}")
+        return recipes[papers]
     images = sum(source.splits["train"].counts)
     most = {name: 2 ** int(math.log2(max(2, images // part))) for name, part in (("batch_size", 2), ("queue_size", 4))}
     batch = args.batch_size or min(recipes[kind]["batch_size"], most["batch_size"])
@@ -225,7 +225,8 @@ def fill_flags(args, recipe):
     """Give every flag that is still None its value from a table of defaults; keep the table's rate, for health.py."""
     theirs = getattr(args, "optimizer", None) in (None, recipe.get("optimizer"))
     if {"lr", "batch_size"} <= recipe.keys() and theirs:
-        args.usual_step_lr = recipe["lr"] * recipe["batch_size"] / 256
+        share = recipe["batch_size"] / 256
+        args.usual_step_lr = recipe["lr"] * (math.sqrt(share) if recipe.get("lr_scaling") == "sqrt" else share)
     for name, value in recipe.items():
         if name == "warmup_epochs":  # a run of fewer epochs than the table's warms up for a shorter while
             value = round(value * min(1, (args.epochs or recipe["epochs"]) / recipe["epochs"]), 3)

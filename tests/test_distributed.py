@@ -116,6 +116,15 @@ def check_gradients(name):
     assert moved > 0.01
 
 
+def check_neighbours_of_gathered_rows():
+    """What is added to gathered rows has its own gradient, not the sum over processes."""
+    rows, w = torch.ones(N, 3, requires_grad=True), torch.full((N * distributed.size(), 3), 2.0, requires_grad=True)
+    v = w * 1.0
+    ((distributed.gather_with_gradient(rows) + v) ** 2).sum().backward()
+    assert torch.equal(w.grad, torch.full_like(w, 6.0))
+    assert torch.equal(rows.grad, torch.full_like(rows, 6.0 * distributed.size()))
+
+
 def check_queues():
     """After several steps every process holds the same queue: all keys, in the order of the whole batch."""
     model, g = make("moco"), torch.Generator().manual_seed(2)
@@ -225,6 +234,7 @@ def launch(world, folder, jobs):
 
 CHECKS = {
     **{f"gradients of {name}": (check_gradients, (name,)) for name in METHODS},
+    "neighbours of gathered rows": (check_neighbours_of_gathered_rows, ()),
     "queues": (check_queues, ()),
     "shuffling": (check_shuffling, ()),
     "shares": (check_shares, ()),

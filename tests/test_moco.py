@@ -46,9 +46,9 @@ def unit_rows(n, c, seed, dtype=torch.float64):
 def test_loss_and_gradient_equal_the_equation(temperature):
     q, k, queue = unit_rows(5, 6, 0).requires_grad_(), unit_rows(5, 6, 1), unit_rows(9, 6, 2)
     loss, expected = moco.info_nce(q, k, queue, temperature), paper_loss(q, k, queue, temperature)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     (ours,), (theirs,) = torch.autograd.grad(loss, q), torch.autograd.grad(expected, q)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_closed_forms():
@@ -67,6 +67,8 @@ def test_contrastive_accuracy_counts_own_keys_and_takes_a_tie_for_a_miss():
     assert moco.contrastive_accuracy(eye, eye, -eye) == 1
     assert moco.contrastive_accuracy(eye, eye[[0, 1, 3, 2]], eye[:3]) == 0  # a tie in rows 0 and 1
     assert moco.contrastive_accuracy(eye, eye, eye[:3]) == 0.25  # only row 3 has no equal in the queue
+    q, key = unit_rows(64, 128, 1, torch.float32), unit_rows(1, 128, 0, torch.float32)  # equal keys, unequal rounding
+    assert moco.contrastive_accuracy(q, key.expand(64, -1), key.expand(256, -1)) == 0
 
 
 # ------------------------------------------------------------------------------------------------
