@@ -9,7 +9,7 @@ A table stands below its recipe, a comment: rows of bench/runs.py (of these name
     ...
     <!-- end -->
 
-A single figure stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`.
+A single figure, the mean alone, stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`.
 Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean (min to max).
 `flags` are those that not all rows of the table share; the shared ones stand below it.
 """
@@ -29,7 +29,8 @@ PAGES = ("README.md", "RESULTS.md", "results/log.md")
 TABLE = re.compile(r"(<!-- table (\S+) (.*?) : ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
-          "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes"}
+          "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes",
+          "linear": "linear, cached"}
 
 
 def without_seed(name):
@@ -42,14 +43,14 @@ def flags_of(command):
     return program, [flag for flag in re.findall(r"--\S+(?: (?!--)\S+)*", " ".join(words)) if "--seed " not in flag]
 
 
-def figure(values, name):
-    """The mean of some seeds, and the smallest and the largest."""
+def figure(values, name, spread=True):
+    """The mean of some seeds; with the spread the smallest and the largest too."""
     values = [value / 60 if name == "seconds" else value for value in values if value is not None]
     digits = {"agreement": 2, "seconds": 1}.get(name, 1)
     if not values:
         return "not measured"
-    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.{digits}f}{spread}"
+    among = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if spread and len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{among}"
 
 
 def table(rows, columns):
@@ -89,7 +90,7 @@ def fill(text):
 
     def one_figure(match):
         head, file, name, column, end = match.groups()
-        return head + figure([row.get(column) for row in rows_of(file, name)], column) + end
+        return head + figure([row.get(column) for row in rows_of(file, name)], column, spread=False) + end
 
     return FIGURE.sub(one_figure, TABLE.sub(one_table, text))
 
