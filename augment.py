@@ -9,8 +9,8 @@ Draws   Made on the host, from an optional generator: common.Draws, or a CPU tor
         views on every device, and nothing here waits for a GPU. An operation gets its numbers in one line, uniforms().
 Speed   A CPU works on images whose coin said yes, a few at a time, while they are in its cache. An accelerator is
         asked once for all images, for the asking takes the time; a coin that said no picks what changes nothing.
-Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops and jitter are exact to
-        about 1e-3, not 1e-5.
+Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops, jitter and blur are
+        exact to about 1e-3, not 1e-5.
 
 A recipe is a function of a batch and reads like the sentence in the paper:
 
@@ -85,7 +85,7 @@ def send(values, device):
     """Move a small host tensor. From pinned memory the copy is asynchronous: the host does not wait."""
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    return values.to(device, non_blocking=device.type == "cuda")  # elsewhere from memory that may be gone by then
 
 
 @functools.lru_cache(maxsize=64)

@@ -305,9 +305,14 @@ def pick_device(name="auto"):
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what is asked of "the" GPU is asked of this one
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"--device {name}: not available here; try --device auto") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = "not available here; try --device auto"
+        if torch.cuda.is_available():  # but full, say
+            why = f"{str(error).splitlines()[0][:80]}; try --device cpu"
+        raise UsageError(f"--device {name}: {why}") from None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
         torch.set_float32_matmul_precision("high")

@@ -124,14 +124,14 @@ def extract(network, split, dataset, device, autocast, batch_size=None, view=eva
     """Features of every image of a split, in order, each exactly once.
 
     network     maps (n, 3, S, S) to {name: (n, C)}; put into eval mode meanwhile, then left as it was.
-    batch_size  None: 1000 on a GPU; 125 on a CPU, where the activations of more would leave the cache.
+    batch_size  None: 1000 on a GPU, of more than 64 px 250; 125 on a CPU, where more would leave the cache.
     view        what it sees of the images; arguments and result as those of evaluation_view().
     returns     {name: (N, C) float32 on the device}.
     """
     was_training = network.training
     network.eval()
     parts = {}
-    batch_size = batch_size or (125 if device.type == "cpu" else 1000)
+    batch_size = batch_size or (125 if device.type == "cpu" else 1000 if dataset.size <= 64 else 250)
     loader = pictures.Batches(split, batch_size, device, shuffle=False, drop_last=False)
     for images, aspect, _, _ in loader.batches(0):
         with autocast():

@@ -31,7 +31,8 @@ def save(path, content):
         os.replace(aside, path)
         if hasattr(os, "O_DIRECTORY"):  # the new name must survive a power cut too
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some file systems refuse it
+                os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -140,7 +141,11 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
     saved = checkpoint.get("states", {})
     try:
         model.load_state_dict(checkpoint["model"])
+        options = [{name: value for name, value in group.items() if name not in ("params", "lr")}
+                   for group in optimizer.param_groups]  # weight decay, say: the flags', not the file's
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
         for name, part in states.items():
             part.load_state_dict(saved[name])
     except (RuntimeError, ValueError, KeyError) as error:
@@ -149,7 +154,8 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
             why = (f"the data had {len(checkpoint['classes'])} classes and has {len(classes)}, which differ in "
                    f"{', '.join(sorted({*classes} ^ {*checkpoint['classes']}))[:200]}; restore the data")
         raise UsageError(f"--resume: not the model of this run: {why}, or start a new run") from None
-    scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:  # empty of a run that was not in fp16
+        scaler.load_state_dict(checkpoint["scaler"])
     random.setstate(checkpoint["rng"]["python"])
     torch.set_rng_state(checkpoint["rng"]["torch"])
     if torch.cuda.is_available() and len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count():

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common import UsageError, printable
-from harness.distributed import is_main
+from harness.distributed import is_main, leave
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE: what shells expect of a program whose reader, `head` for instance, has left
 
@@ -25,15 +25,19 @@ class Interrupted(Exception):
         self.code = code
 
 
-def complain(message, code):
-    """The last words of a program, on stderr; it ends with this exit code."""
+class OwnError(UsageError):
+    """Of one process alone, which says so whatever its rank; any other error all processes have."""
+
+
+def complain(message, code, anyone=False):
+    """The last words of a program, on stderr; it ends with this exit code. anyone: not of process 0 alone."""
     try:
         sys.stdout.flush()
     except OSError:
         silence_stdout()
-    if is_main():
+    if is_main() or anyone:
         with contextlib.suppress(OSError):  # the terminal has gone
-            print(message, file=sys.stderr)
+            print(message if is_main() else f"process {dist.get_rank()}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -44,7 +48,8 @@ def silence_stdout():
 
 def out_of_memory(error):
     """Whether torch (on a GPU or on the host) or Python could not get the memory it asked for."""
-    words = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
+    words = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed",
+             "CUBLAS_STATUS_ALLOC_FAILED", "Unable to find a valid cuDNN algorithm")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 
@@ -62,9 +67,10 @@ def command(main):
         try:
             code = main(argv)
             sys.stdout.flush()  # what it does not take is said here, not when Python has ended
+            leave()
             return code
         except UsageError as error:
-            complain(f"{name}: error: {error}", 2)
+            complain(f"{name}: error: {error}", 2, isinstance(error, OwnError))
         except Interrupted as error:
             complain(f"\n{error}", error.code)
         except KeyboardInterrupt:
@@ -83,7 +89,7 @@ def command(main):
                          "--max-restarts N the run goes on from its last checkpoint", 1)
             if not out_of_memory(error):
                 raise
-            complain(f"{name}: error: out of memory; free some, or choose another --device", 2)
+            complain(f"{name}: error: out of memory; free some, or choose another --device", 2, dist.is_initialized())
 
     return wrapped
 

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from common import UsageError
+from common import UsageError, pick_device
+
+joined = False  # by join(): whoever made the group ends it
 
 
 def is_main():
@@ -35,29 +37,38 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join(device):
+def join(name):
     """Join the process group that torchrun's environment describes; one process per device.
 
-    device   torch.device of common.pick_device.
-    returns  torch.device of this process. Without torchrun: the same.
+    name     as for common.pick_device; "auto" and "cuda" are a GPU for each process, which touches no other.
+    returns  torch.device of this process. Without torchrun: that of the name.
     raises   UsageError where a machine has fewer GPUs than processes.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return device
-    if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UsageError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: only "
-                             f"{torch.cuda.device_count()} GPUs here; one process per GPU, or --device cpu")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
+        return pick_device(name)
+    if torch.cuda.is_available() and (name == "auto" or name.startswith("cuda")):
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise UsageError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: only {there} GPUs here; one process "
+                             "per GPU, or --device cpu")
+        name = f"cuda:{local}"
+    device = pick_device(name)
+    if device.type not in ("cuda", "cpu"):
         raise UsageError(f"--device {device.type}: several processes need GPUs (cuda) or --device cpu")
     if not dist.is_initialized():
+        global joined
+        joined = True
         # Evaluation, by process 0 alone, and packing may take long: the others wait for it.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6),
                                 device_id=device if device.type == "cuda" else None)
     return device
+
+
+def leave():
+    """The end of a run that went well: all processes leave the group of join() together."""
+    if joined:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def parallel(model, device, sync_bn=False):

@@ -14,7 +14,7 @@ import common
 import pictures
 from common import UsageError
 from harness import checkpoint, distributed, flags, health
-from harness.command import Interrupted, Stop, out_of_memory
+from harness.command import Interrupted, OwnError, Stop, out_of_memory
 from harness.folder import Folder
 from harness.log import Figures, Log, wrapped
 from harness.parser import flag_text
@@ -32,7 +32,8 @@ def open_run(args, recipes, **derived):
     raises   UsageError for whatever does not fit or is not there; nothing but packed pictures is written then.
     """
     device, autocast, scaler = set_up(args)
-    source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
+    with distributed.leader_first():  # which downloads what is to be
+        source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
     args.kind = source.kind
     flags.fill_flags(args, flags.recipe_of(args, recipes, source))
     flags.check_batch(args, source)
@@ -49,7 +50,7 @@ def open_run(args, recipes, **derived):
 
 def set_up(args):
     """-> device, autocast and gradient scaler of the flags; random generators seeded, processes joined."""
-    device = distributed.join(common.pick_device(args.device))
+    device = distributed.join(args.device)
     if args.amp == "auto" and device.type == "cpu":  # what is measured here holds for all processes, and once resumed
         width = args.width or flags.SHAPES["toy" if args.data == "toy" else "photos"]["width"]
         args.bf16_gain = distributed.same(common.bf16_gain(width) if distributed.is_main() else None)
@@ -108,6 +109,10 @@ class Run:
         self.parts, self.extra = (model, optimizer, self.scaler, states), extra
         self.model, self.optimizer, lr = model, optimizer, optimizer.param_groups[0]["lr"]
         best = restore(self) if self.saved else None
+        if self.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
+            # Where fp16 overflows in the first step, as it may, fused SGD would leave a new buffer unwritten.
+            for p in (p for group in optimizer.param_groups if group["momentum"] for p in group["params"]):
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         self.began = self.worked = time.perf_counter()  # worked: till when it did no evaluation
         self.figures = Figures(watchful=self.device.type == "cpu")
         if distributed.is_main():
@@ -158,6 +163,7 @@ class Run:
         self.figures.record(self.step + 1, self.optimizer.param_groups[0]["lr"], loss=loss, **figures)
         if self.epoch_ends:
             check(self)  # waits for a GPU: what it still works on is no part of the evaluation
+            self.log.line.update(self.step + 1, lr=self.optimizer.param_groups[0]["lr"], **self.figures.meters)
             self.worked = time.perf_counter()
 
     def report(self, stop=None, **scores):
@@ -289,7 +295,7 @@ def check(run):
         step, lr, loss = wrong
         scale = f", loss scale {run.scaler.get_scale():g}" if run.scaler.is_enabled() else ""
         saved = (run.folder.path / "last.pt").exists()
-        raise UsageError(f"the loss is {loss} at step {step} (lr {lr:.3g}{scale}): lower --lr, raise --warmup-epochs, "
+        raise OwnError(f"the loss is {loss} at step {step} (lr {lr:.3g}{scale}): lower --lr, raise --warmup-epochs, "
                          "or try --amp off; " + (f"the last good checkpoint stays in {run.folder.path}" if saved else
                                                  "nothing was saved yet"))
 
@@ -305,7 +311,6 @@ def epoch_row(run, scores):
     rate, lr, means = None, None, {}
     if run.inside:
         lr = run.optimizer.param_groups[0]["lr"]
-        run.log.line.update(run.step + 1, lr=lr, **run.figures.meters)
         rate, means = run.log.line.rate, {name: meter.mean() for name, meter in run.figures.meters.items()}
     row = {"epoch": run.epoch, "step": run.step + run.inside, "seconds": seconds(run), "loss": means.pop("loss", None),
            "lr": lr, "images_per_second": rate, run.log.score: scores.pop(run.log.score, None)}
@@ -330,5 +335,5 @@ def too_large(args):
     """The error that names the flags that memory depends on."""
     names = ("batch_size", "image_size", "width", "dim", "pred_dim", "hidden_dim", "queue_size")
     sizes = ", ".join(flag_text(name, getattr(args, name)) for name in names if getattr(args, name, None))
-    return UsageError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, --amp bf16 need "
+    return OwnError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, --amp bf16 need "
                       "less too")

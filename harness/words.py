@@ -1,5 +1,7 @@
 """What a run says of itself before its first step and after its last."""
 
+import torch
+
 from harness import distributed, flags
 from harness.folder import read_metrics
 from harness.log import wrapped
@@ -15,7 +17,8 @@ def say_recipe(run, chance, lr):
     recipe = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                        if name not in hidden and value not in (None, "val") and value is not False)
     device = f"{distributed.size()} processes, {run.device}" if distributed.size() > 1 else str(run.device)
-    device += "" if args.amp == "auto" else f", {args.amp.replace('off', 'float32')}"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}
+    device += f", {names[run.autocast.keywords['dtype']]}"
     device += f" (bf16: {args.bf16_gain:.1f} times as fast)" if getattr(args, "bf16_gain", None) else ""
     facts = {
         "recipe": recipe,

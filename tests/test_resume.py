@@ -9,6 +9,8 @@ import os
 import resource
 import shutil
 import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -342,3 +344,56 @@ def test_a_disk_that_fills_up_leaves_the_former_checkpoint(train, monkeypatch, c
     assert not [name for name in os.listdir("run") if name.startswith(".")]
     train("simsiam", "--resume", "run", "--max-steps", "8")
     assert harness.load_checkpoint("run")["step"] == 8
+
+
+def test_a_new_weight_decay_holds_from_where_the_run_goes_on(train):
+    train("simsiam", "--out", "run", "--max-steps", "2")
+    train("simsiam", "--resume", "run", "--max-steps", "3", "--weight-decay", "0.05")
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert saved["args"]["weight_decay"] == 0.05
+    assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.05, 0.05]
+
+
+def test_fp16_that_overflows_in_its_first_step_and_a_run_that_had_another_precision(train, monkeypatch):
+    """On a CPU: fused SGD makes its buffers of memory that held something else."""
+    import simsiam
+    train("simsiam", "--out", "run", "--max-steps", "1", "--knn-every", "0")
+    plain, loss, empty, calls = common.pick_precision, simsiam.symmetric_loss, torch.empty_like, []
+    monkeypatch.setattr(common, "pick_precision", lambda *args, **kinds: (
+        plain(*args, **kinds)[0], torch.amp.GradScaler("cpu", init_scale=2.0**120)))
+    monkeypatch.setattr(simsiam, "symmetric_loss", lambda *args, **kinds: (
+        loss(*args, **kinds) * (1e9 if calls.append(1) or len(calls) == 1 else 2.0**-100)))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kinds: empty(x, **kinds).fill_(1e30))
+    for flags in (["--out", "new"], ["--resume", "run"]):
+        calls.clear()
+        train("simsiam", *flags, "--max-steps", "5", "--epochs", "3", "--knn-every", "0")
+        saved = torch.load(f"{flags[1]}/last.pt", weights_only=True)
+        assert saved["scaler"]["scale"] == 2.0**119  # once
+        assert all(tensor.abs().max() < 1e6 for tensor in saved["model"].values())
+
+
+def test_the_rate_of_an_epoch_leaves_its_evaluation_out(train, monkeypatch):
+    import knn
+    plain = knn.Monitor.__call__
+    monkeypatch.setattr(knn.Monitor, "__call__",
+                        lambda self, *args, **kinds: time.sleep(1) or plain(self, *args, **kinds))
+    train("simsiam", "--out", "run", "--max-steps", "4", "--knn-every", "1")
+    row = read_metrics("run")[-1]
+    assert row["knn"] is not None and row["images_per_second"] > 8 * 4 / 1.0
+
+
+def test_an_error_of_one_process_alone_is_said_by_it(monkeypatch, capsys):
+    command = sys.modules["harness.command"]
+    monkeypatch.setattr(command, "is_main", lambda: False)
+    monkeypatch.setattr(command.dist, "get_rank", lambda: 3)
+
+    @command.command
+    def main(argv):
+        raise argv
+
+    for error in (command.OwnError("the loss is nan"), common.UsageError("no such folder")):
+        with pytest.raises(SystemExit) as end:
+            main(error)
+        assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("process 3: ") and err.endswith("error: the loss is nan\n") and err.count("\n") == 1
