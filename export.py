@@ -16,6 +16,7 @@ import torch
 
 import common
 import harness
+import knn
 from harness.checkpoint import file_of, save, shapes
 from harness.parser import Parser, path
 
@@ -52,7 +53,7 @@ def loading_lines(path, checkpoint, classified):
         lines.append("net.fc = torch.nn.Identity()")
     return [*lines, *load, "", "# With timm the first two lines are", "# import torch, timm",
             f'# net = timm.create_model("resnet18", num_classes={classes})', "",
-            "# As a Sequential without classifier, once net is loaded: (N, 512, 1, 1)",
+            "# As a Sequential without classifier: (N, 512, 1, 1), with timm (N, 512)",
             "# encoder = torch.nn.Sequential(*list(net.children())[:-1])"]
 
 
@@ -72,7 +73,9 @@ def main(argv=None):
     state = {name: tensor.clone(memory_format=torch.contiguous_format)
              for name, tensor in (checkpoint["backbone"] | {f"fc.{n}": t for n, t in head.items()}).items()}
     names = ["method", "stem", "width", "image_size", "mean", "std", "classes"] + ["layer"] * classified
-    about = json.dumps({name: checkpoint[name] for name in names}, indent=1)
+    about = {name: checkpoint[name] for name in names}
+    about["crop_fraction"] = knn.evaluated_share(checkpoint["image_size"])  # of the shorter side, in evaluations
+    about = json.dumps(about, indent=1)
     save(args.out, state)
     save(beside, f"{about}\n".encode())
 

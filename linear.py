@@ -20,7 +20,8 @@ Protocols   of       optimiser, lr, weight decay                            epoc
             All freeze the backbone, in eval mode. RotNet's figures for CIFAR-10 are no linear probe: three layers
             with BatchNorm, on unpooled maps of block 2 (SGD 0.1, 5e-4, batch 128, / 5 at 20, 40 and 45 of 100).
             MoCo's own setting is --probe --raw-features --lr 30 --schedule steps; that of SimSiam's code
-            --probe --raw-features --optimizer lars --lr 0.1 --epochs 90 --batch-size 4096
+            --probe --raw-features --optimizer lars --lr 0.1 --epochs 90 --batch-size 4096 (its LARC adapts the
+            bias too, ours not)
 Views       --crop: photos "resized", a random part of at least 0.08 of the area, as MoCo, SimSiam and SimCLR; toy
             and cifar "pad", shifts by up to 4 px, as RotNet on CIFAR; both with flips. Accuracies are those of
             evaluation views (the centre crop), as in knn.py.
@@ -31,8 +32,9 @@ Departures  1. Features are first brought to mean 0 and unit standard deviation 
             2. The epoch is chosen by validation images (a tenth of the training images where the data has none).
                To train on all and score the test split after the last epoch, as is usual on CIFAR:
                --no-validation --test.
-            3. With --label-fraction an epoch keeps its number of steps: the images that are left are repeated, as
-               in RotNet's code. So the baseline is not cut short where labels are few.
+            3. With --label-fraction an epoch keeps its number of images: those that are left are repeated, as in
+               RotNet's code, so the baseline is not cut short where labels are few. (It has more steps where they
+               are fewer than a batch.)
             4. --finetune and --from-scratch share one recipe, the usual supervised one: 0.2 x bs/256, batch 128,
                weight decay 5e-4, a warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): short runs got less far. The
                gradient's norm is kept below 1: LARS leaves large scales in BatchNorm, and without that fine-tuning
@@ -108,7 +110,8 @@ def network_flags(parser):
 
 def parse_args(argv=None):
     """The flags, and the checkpoint that it all starts from: that of the resumed run, or the pre-training run's."""
-    parser = harness.training_parser(__file__, __doc__, RECIPES, without=(
+    shown = RECIPES | {f"{way} of toy": RECIPES[way] | fewer for way, fewer in TOY.items()}
+    parser = harness.training_parser(__file__, __doc__, shown, without=(
         "--data", "--data-root", "--recipe", "--image-size", "--stem", "--width", "--init", "--knn-every", "--knn-k",
         "--knn-t", "--knn-split", "--views-png"))
     parser.set_defaults(save_every=None)
@@ -197,9 +200,9 @@ def fill_recipe(args, images, labelled):
     recipe = RECIPES[args.way] | (TOY.get(args.way, {}) if args.kind == "toy" else {})
     if args.way != "cached":
         recipe["crop"] = "pad" if args.kind in ("toy", "cifar") else "resized"
-    # The table's batch, cut to what there is and so that no short one is left over.
+    # The table's batch, cut to what there is and so that no short one is left over (which would be dropped).
     steps = math.ceil(passes * images / min(images, recipe["batch_size"]))
-    recipe["batch_size"] = math.ceil(passes * images / steps)
+    recipe["batch_size"] = math.ceil(passes * images / steps) if args.way in FROZEN else passes * images // steps
     harness.fill_flags(args, recipe)
     pictures.check_batch(args.batch_size, images)
     return passes
@@ -296,7 +299,7 @@ def plain_features(backbone, layer, split, dataset, run):
 
 
 def make_backbone(args, pretrained):
-    """The trained network; with --from-scratch one of its kind as it begins."""
+    """The trained network; with --from-scratch a new one of its kind, residual branches not at zero."""
     if args.way != "from-scratch":
         backbone = harness.load_backbone(pretrained, program=args.program)
     elif args.program:

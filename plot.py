@@ -166,6 +166,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if not args.out.lower().endswith((".png", ".pdf", ".svg")):
         parser.error(f"--out {args.out}: the ending must be one of .png, .pdf, .svg")
+    if args.diagnose and (args.only or args.reference or args.labels):
+        parser.error("--diagnose draws nothing: leave --only, --reference and --labels out")
     if args.labels and len(args.labels) != len(args.runs):
         parser.error(f"--labels: {len(args.labels)} names for {len(args.runs)} runs; give one a run")
     return args

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import knn
 import pictures
 from harness.checkpoint import file_of
 from harness.parser import Parser, number, path, png_file
-from harness.weights import program_flag
+from harness.weights import precision, program_flag
 
 CHUNK = 500  # files read, forwarded and answered at a time: no number of files fills the memory
 SHOWN = 20  # queries in the picture of --neighbours
@@ -47,8 +48,9 @@ def parse_args(argv):
     add("--data", type=path, help="training images that vote and are shown (default: those of the run)")
     add("--data-root", type=path, help="where a named data set lies (default: that of the run)")
     add("--cache", type=path, help="folder for packed training images (default: that of the run)")
-    add("--k", type=number(int, low=1), default=200, help="neighbours that vote, all if there are fewer")
-    add("--temperature", type=number(float, low=0.02), default=0.1, help="of the votes")
+    add("--skip-unreadable", action="store_true", help="go on without training images that cannot be read")
+    add("--k", type=number(int, low=1), help="neighbours that vote, all if there are fewer (default: 200)")
+    add("--temperature", type=number(float, low=0.02), help="of the votes (default: 0.1)")
     add("--device", default="auto", help="auto (cuda, mps, cpu), or one of them")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="forward precision")
     return parser.parse_args(argv)
@@ -156,9 +158,12 @@ def predict(args, out):
     layer, classifier = checkpoint.get("layer", "layer4"), checkpoint.get("classifier")  # "weight", "bias", or None
     if classifier and args.data and not args.neighbours:
         raise common.UsageError(f"--data {args.data}: a classifier asks no training images; --neighbours shows them")
+    if classifier and (args.k or args.temperature):
+        raise common.UsageError("--k, --temperature: a classifier does not vote; for votes give the pre-training run")
+    checkpoint["args"]["skip_unreadable"] |= args.skip_unreadable
     files, classes, size = list_files(args.images), checkpoint["classes"], checkpoint["image_size"]
     device = common.pick_device(args.device)
-    autocast, _ = common.pick_precision(args.amp, device)
+    autocast = precision(args, checkpoint, device)
     network = knn.Layers(harness.load_backbone(checkpoint, device, args.program), (layer,))
     # --data may be of another kind, but the network wants pictures prepared as those it was trained on.
     view = argparse.Namespace(size=size, mean=checkpoint["mean"], std=checkpoint["std"])
@@ -172,7 +177,7 @@ def predict(args, out):
             weight, bias = (classifier[name].to(device) for name in ("weight", "bias"))      # (K, C), (K,)
             probabilities = F.linear(features, weight, bias).cpu().double().softmax(dim=1)
         elif classes:
-            votes = knn.knn_predict(features, bank_features, bank.labels, len(classes), k, args.temperature)
+            votes = knn.knn_predict(features, bank_features, bank.labels, len(classes), k, args.temperature or 0.1)
             probabilities = F.normalize(votes.cpu().double(), p=1, dim=1)
         if not probabilities.isfinite().all():
             raise common.UsageError(f"{args.checkpoint}: the network's output is not finite; try --amp off")
@@ -182,12 +187,12 @@ def predict(args, out):
         bank, bank_classes = open_bank(args, checkpoint)
         bank_features = extract(bank)                                                        # (M, C)
     if not classifier:
-        classes, k = bank_classes, min(args.k, len(bank))
+        classes, k = bank_classes, min(args.k or 200, len(bank))
         print(f"no classifier: the {k:,} nearest of {len(bank):,} labelled training images vote\n" if classes else
               "no classifier, no labelled training images: no class to tell\n")
     named = write(out, answers(files, size, classes, classify), args)
     if args.neighbours and named:
-        queries, _ = read_files(list(named)[:: len(named) // SHOWN + 1], size)
+        queries, _ = read_files(list(named)[:: math.ceil(len(named) / SHOWN)], size)
         # A class that the bank lacks has a number that none of its images has; -1: no class to tell.
         number = {None: -1} | {name: i for i, name in enumerate(bank_classes)}
         queries.labels = torch.tensor([number.get(named[file], len(number)) for file in queries.paths])

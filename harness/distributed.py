@@ -66,9 +66,11 @@ def join(name):
 
 def leave():
     """The end of a run that went well: all processes leave the group of join() together."""
+    global joined
     if joined:
         dist.barrier()
         dist.destroy_process_group()
+        joined = False
 
 
 def parallel(model, device, sync_bn=False):

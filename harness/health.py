@@ -240,5 +240,7 @@ def diagnose(args, rows):
     beside = {facts.name: f" (by chance {facts.chance:.3g})"} if facts.name in ("accuracy", "rotation") else {}
     if facts.untrained.get("knn") is not None:
         beside["knn"] = f" (untrained {facts.untrained['knn']:.3g})"
+    if not any(facts.latest(name) is not None for name in ("accuracy", "rotation", "std", "knn", "rank")):
+        return ["no rule reads these figures; of linear.py's compare top1 with train_top1, val_loss with loss"]
     return [str(finding) for finding in found] or ["healthy: " + ", ".join(
         f"{name} {facts.latest(name):.3g}{beside.get(name, '')}" for name in names)]

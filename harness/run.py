@@ -109,10 +109,7 @@ class Run:
         self.parts, self.extra = (model, optimizer, self.scaler, states), extra
         self.model, self.optimizer, lr = model, optimizer, optimizer.param_groups[0]["lr"]
         best = restore(self) if self.saved else None
-        if self.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
-            # Where fp16 overflows in the first step, as it may, fused SGD would leave a new buffer unwritten.
-            for p in (p for group in optimizer.param_groups if group["momentum"] for p in group["params"]):
-                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        write_buffers(optimizer, self.scaler)
         self.began = self.worked = time.perf_counter()  # worked: till when it did no evaluation
         self.figures = Figures(watchful=self.device.type == "cpu")
         if distributed.is_main():
@@ -162,9 +159,7 @@ class Run:
     def record(self, *, loss, **figures):
         self.figures.record(self.step + 1, self.optimizer.param_groups[0]["lr"], loss=loss, **figures)
         if self.epoch_ends:
-            check(self)  # waits for a GPU: what it still works on is no part of the evaluation
-            self.log.line.update(self.step + 1, lr=self.optimizer.param_groups[0]["lr"], **self.figures.meters)
-            self.worked = time.perf_counter()
+            end_epoch(self)
 
     def report(self, stop=None, **scores):
         self.plan.evaluated(time.perf_counter() - self.worked, self.step + self.inside)
@@ -225,6 +220,13 @@ def restore(run):
     return max(scores.values(), default=None)
 
 
+def write_buffers(optimizer, scaler):
+    """Zeros for SGD's momentum: where fp16 overflows in the first step, fused SGD would leave its buffers unwritten."""
+    for group in optimizer.param_groups if scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD) else ():
+        for p in group["params"] if group["momentum"] else ():
+            optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+
 def compiled(model, views, run):
     """The model; with --compile compiled, it and the TwoCrops `views`, where torch.compile can work on this machine."""
     if run.args.compile:
@@ -252,6 +254,12 @@ def begin_epoch(run):
     run.reached = None
     run.log.line = common.Progress(run.plan.end, label(run, run.epoch + 1),
                                    quiet=run.log.quiet, per_step=run.args.batch_size, first=run.step, show=run.log.show)
+
+
+def end_epoch(run):
+    check(run)  # waits for a GPU: what it still works on is no part of the evaluation
+    run.log.line.update(run.step + 1, lr=run.optimizer.param_groups[0]["lr"], **run.figures.meters)
+    run.worked = time.perf_counter()
 
 
 def label(run, epoch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common import ResNet18, UsageError, printable
+from common import ResNet18, UsageError, pick_precision, printable
 from harness import checkpoint
 from harness.distributed import is_main
 
@@ -86,8 +86,8 @@ def load_pretrained(args):
 
     There None stands for what no run tells: the data say it (see flags.SHAPES).
     """
-    if args.checkpoint:
-        return checkpoint.load(args.checkpoint)
+    if args.checkpoint:  # of a linear.py run the epoch that validation chose
+        return checkpoint.load(checkpoint.file_of(args.checkpoint, "linear.pt"))
     saved = dict(data="toy", data_root=os.path.abspath("data"), cache=None, skip_unreadable=False, knn_split="val")
     unknown = dict.fromkeys(("method", "image_size", "stem", "width", "mean", "std", "note"))
     return {**unknown, "args": saved, **(load_weights(args.weights) if args.weights else {})}
@@ -136,7 +136,20 @@ def build_model(saved, program):
     spec.loader.exec_module(module)
     if not hasattr(module, "build_model"):
         raise UsageError(f"--program {program}: has no build_model(args), as every method has")
-    return module.build_model(argparse.Namespace(**saved.get("pretrained_args", saved["args"]) | {"init": None}))
+    try:
+        return module.build_model(argparse.Namespace(**saved.get("pretrained_args", saved["args"]) | {"init": None}))
+    except AttributeError as error:
+        if not isinstance(error.obj, argparse.Namespace):
+            raise
+        raise UsageError(f"--program {program}: asks for --{error.name.replace('_', '-')}, which this "
+                         f"{saved['method']} run does not have; name the program that trained it") from None
+
+
+def precision(args, saved, device):
+    """autocast() of --amp. "auto" on a CPU: what the run took, so that its figures come out again."""
+    taken = saved["args"].get("amp")
+    name = taken if args.amp == "auto" and device.type == "cpu" and taken in ("bf16", "off") else args.amp
+    return pick_precision(name, device, saved["width"] or 64)[0]
 
 
 def program_flag(parser):

@@ -120,7 +120,7 @@ def test_the_description_beside(tiny, tmp_path):
     export.main(["run", "net.pth"])
     assert json.loads((tmp_path / "net.json").read_text()) == dict(
         method="linear", stem="cifar", width=4, image_size=32, mean=list(MEAN), std=list(STD),
-        classes=["cat", "dog", "emu"], layer="layer4")
+        classes=["cat", "dog", "emu"], layer="layer4", crop_fraction=1.0)
 
 
 def test_wrong_uses_end_in_one_clear_line_and_change_nothing(tiny, tmp_path, capsys):

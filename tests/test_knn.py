@@ -401,7 +401,8 @@ def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):
     features = {"bank": torch.eye(6), "queries": torch.eye(6).roll(3, 0)}  # one vote: never the right class
     dataset = types.SimpleNamespace(train=make_split(6, labels), val=make_split(6, labels), classes=classes)
     dataset.train.paths, source = ["bank"] * 6, types.SimpleNamespace(description=[])
-    monkeypatch.setattr(knn.weights, "load_pretrained", lambda args: {"args": {"skip_unreadable": False}})
+    monkeypatch.setattr(knn.weights, "load_pretrained", lambda args: {
+        "args": {"skip_unreadable": False}, "width": 4, "method": "simclr"})
     monkeypatch.setattr(knn.weights, "load_backbone", lambda *_: torch.nn.Identity())
     monkeypatch.setattr(knn, "open_data", lambda *_: (source, dataset))
     monkeypatch.setattr(knn, "extract", lambda network, split, *_: {

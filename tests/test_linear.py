@@ -701,3 +701,17 @@ def test_what_a_user_sees(pretrained, tmp_path, capsys):
     assert any(line.startswith("test    top-1") and "of 12 images" in line for line in lines[-7:])
     assert f"wrote   {tmp_path / 'run/linear.pt'}" in lines and Image.open(tmp_path / "run/confusion.png").size
     assert any(line.startswith("bee") for line in lines)
+
+
+@pytest.mark.parametrize("images", [257, 450, 1000])
+def test_no_step_of_an_epoch_is_lost_to_a_short_last_batch(images):
+    """Of every way, and at most as many images as there are steps."""
+    for way in ("cached", "probe", "finetune", "from-scratch"):
+        recipe = linear.RECIPES[way]
+        args = argparse.Namespace(way=way, kind="photos", step_lr=None, crop=None, **dict.fromkeys(recipe))
+        passes = linear.fill_recipe(args, images, images)
+        split = sets.Split(torch.zeros(images, 3, 1, 1, dtype=torch.uint8), torch.zeros(images).long(),
+                           torch.ones(images), [])
+        batches = sets.Batches(split, args.batch_size, drop_last=way not in linear.FROZEN, passes=passes)
+        steps = math.ceil(images / min(images, recipe["batch_size"]))
+        assert len(batches) == steps and images - steps * args.batch_size < steps

@@ -4,6 +4,7 @@ import importlib
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +239,12 @@ CASES = [
     ("predict", "--checkpoint linear empty", "empty"),
     ("predict", "--checkpoint linear loose --json --csv", "--json --csv"),
     ("predict", "--checkpoint unlabelled loose", "labelled --neighbours"),
+    ("predict", "--checkpoint linear loose --k 5", "--k classifier"),
+    ("knn", f"--checkpoint simsiam --program {Path(common.__file__).with_name('moco.py')}", "moco.py simsiam"),
+    ("knn", "--weights net.pt --program moco.py", "--program"),
+    ("knn", "--checkpoint linear --projector", "--projector linear"),
+    ("knn", "--checkpoint simsiam --data one", "two classes"),
+    ("plot", "simsiam --diagnose --reference", "--diagnose --reference"),
     ("plot", "", "RUN"),
     ("plot", "nowhere", "nowhere"),
     ("plot", "few", "few"),
