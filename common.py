@@ -311,7 +311,7 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = "not available here; try --device auto"
         if torch.cuda.is_available():  # but full, say
-            why = f"{str(error).splitlines()[0][:80]}; try --device cpu"
+            why = str(error).partition("\n")[0][:80] + "; try --device cpu"
         raise UsageError(f"--device {name}: {why}") from None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
