@@ -85,7 +85,7 @@ def send(values, device):
     """Move a small host tensor. From pinned memory the copy is asynchronous: the host does not wait."""
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
-    return values.to(device, non_blocking=device.type == "cuda")  # elsewhere from memory that may be gone by then
+    return values.to(device, non_blocking=device.type != "mps")  # which might copy when the memory is another's
 
 
 @functools.lru_cache(maxsize=64)
