@@ -346,8 +346,8 @@ def faster_precision(gain):
 def bf16_gain(width=64, within=0.2):
     """How many times as fast as float32 this CPU trains a convolution in bf16, which most CPUs only emulate.
 
-    Counted in seconds of this process: beside two busy programs they gave 1.20 to 1.31 in eight trials of a width, one
-    thread, where the wall's gave 1.3 to 6.2. (Windows counts them too coarsely.)
+    Counted in seconds of this process: beside two busy programs they gave 1.20 to 1.31 in eight trials, where the
+    wall's gave 1.3 to 6.2 (width 16, one thread, AMD EPYC). Windows counts them too coarsely.
     width    its channels, as in layer1; the batch shrinks as they grow.
     within   seconds for the turns beyond the second; the fastest of each precision counts.
     """

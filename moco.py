@@ -45,7 +45,7 @@ Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images p
             2. The cosine falls every step, not every epoch as in the code.
             3. A folder of photos has thousands of images, not a million. The longer the queue, the more often it
                holds an old key of the query's own image; and with 10,000 images m = 0.999 averages over 25
-               epochs. So K is a power of two of at most a quarter of the images (a batch at least): kNN
+               epochs. So K is at most a quarter of the images, then a power of two (a batch at least): kNN
                of 4,500 photos after 20 epochs 35.1 % against 31.4 with 4096 keys and groups of 16 (two seeds,
                width 16, 64 px; no GPU has confirmed it). --recipe paper takes the paper's K and m.
             4. Eight GPUs are simulated by --bn-splits groups of one device's batch, as in the notebook. Several
@@ -55,7 +55,8 @@ Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images p
             6. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
 Health      The loss starts low (the queue is noise), climbs towards log(1 + K) as real keys fill it, then
             falls. `accuracy` is the share of queries whose own key scores highest, 1/(1 + K)
-            by chance, 0 once all keys are the same. On `toy`, --bn-splits 8 --epochs 6 gives kNN 66.8 %; with
+            by chance, 0 once all keys are the same. On `toy`, --bn-splits 8 --epochs 6 gave kNN 66.8 % (commit
+            93f1447; draws have changed since); with
             --no-shuffle-bn        46.6 %: BatchNorm gives the answer away, and less is learned.
             --momentum-encoder 0   33.3 %, loss stuck at chance, log(257) = 5.549: the keys disagree.
 """
@@ -190,7 +191,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"{len(x)} images cannot be split into {self.splits} BatchNorm groups")
         # Every group moves its own copy of the running statistics; what is kept is the mean of the copies.
         means, variances = (s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var))  # (splits, C)
-        sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]  # tensor_split()'s is slow
+        # The groups of x.tensor_split(splits), whose backward is slow.
+        sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]
         groups = [
             F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
             for group, mean, variance in zip(x.split(sizes), means, variances, strict=True)

@@ -21,13 +21,13 @@ Read on     2.2      LARS, at every batch size, and global BatchNorm: local stat
             Fig. 9   Larger batches win where epochs are few; the gap shrinks with more epochs.
 Recipe      flag               paper, ImageNet    paper, CIFAR (B.9)  here
             --optimizer        lars               lars                photos lars, cifar sgd: departure 2
-            --lr               0.3 x bs/256       0.5, 1, 1.5, of     photos 1.2 x sqrt(bs/256), the rule for
-                                                  bs/256 in the code  small batches; cifar 0.03 x bs/256
+            --lr               0.3 x bs/256       0.5, 1 or 1.5       photos 1.2 x sqrt(bs/256), the rule for
+                                                  (code: x bs/256)    small batches; cifar 0.03 x bs/256
             --image-size       224                32                  photos 128, stl10 96 (one GPU), cifar 32
             --batch-size       4096               256 to 4096         photos 256, cifar 512
             --weight-decay     1e-6               1e-6                photos 1e-6, cifar 5e-4
             --epochs           100 (to 1000)      100 to 1000         photos 200, cifar 500
-            --temperature      0.1                0.1, 0.5, 1: 0.5    photos 0.1, cifar 0.5
+            --temperature      0.1                0.5 of 0.1, 0.5, 1  photos 0.1, cifar 0.5
             --min-crop         0.08               0.08                photos 0.08, cifar 0.2: departure 2
             --jitter-strength  1                  0.5                 photos and cifar 0.5: departure 8
             --blur             0.5                0 (32-px views)     photos 0.5, cifar 0
@@ -271,8 +271,8 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            matrices, vectors = ([w for w in group["params"] if w.grad is not None and (w.ndim > 1) == many]
-                                 for many in (True, False))
+            trained = [w for w in group["params"] if w.grad is not None]
+            matrices, vectors = [w for w in trained if w.ndim > 1], [w for w in trained if w.ndim <= 1]
             weights, g = [*matrices, *vectors], []
             if not weights:
                 continue

@@ -42,7 +42,8 @@ Departures  1. ResNet-18 on images of every size; the paper trains ResNet-50, an
                after 20 epochs 32.2 % against 28.2 (two seeds, width 16, 64 px; no GPU has confirmed it).
 Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0.9, never quite to -1.
             `std` is the standard deviation of z/|z| times sqrt(d): 1 for healthy outputs, 0 once all images
-            give the same z. Ablations on `toy`, --epochs 3 --amp off (and 6), kNN untrained 27.9 %:
+            give the same z. Ablations on `toy`, --epochs 3 --amp off (and 6), kNN untrained 27.9 %,
+            commit 470e103 (draws have changed since):
                                  loss             std            kNN
             (none)               -0.57 (-0.82)    0.97 (0.99)    47.6 % (82.5 %)
             --no-stop-gradient   -0.91 (-0.89)    0.41 (0.45)    30.9 % (32.5 %)

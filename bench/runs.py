@@ -80,7 +80,7 @@ def score(run, environment):
         call(ROOT / "knn.py", "--checkpoint", run / "last.pt", "--split", "train", "--features", file)
         found = np.load(file)
     features, labels = torch.from_numpy(found["features"]), torch.from_numpy(found["labels"])
-    if int(labels.amax()) < 0:
+    if int(labels.amax()) < 1:  # none, or of one class
         return {}
     on_test = json.loads((run / "args.json").read_text())["knn_split"] == "test"
     if not (run / "linear/scores.json").exists():

@@ -111,7 +111,8 @@ def test_accuracy_from_start_to_end_and_again(flags, tmp_path, monkeypatch, capf
         "simclr-ours": [0, 4, 6], "simclr-plain": [0, 4, 6]}
     assert results["simclr-ours"][0] == results["simclr-plain"][0]                  # the same untrained network
     saved = [torch.load(out / side / "last.pt", weights_only=True) for side in results]
-    assert saved[0]["args"]["lr"] == 0.12 and saved[0]["args"]["blur"] == 0                # CIFAR's, of any pictures
+    flags = saved[0]["args"]  # CIFAR's, of any pictures
+    assert (flags["lr"], flags["temperature"], flags["blur"]) == (0.12, 0.5, 0)
     rates = [one["optimizer"]["param_groups"][0] for one in saved]
     assert rates[0]["lr"] == pytest.approx(rates[1]["lr"]) and rates[0]["weight_decay"] == rates[1]["weight_decay"]
     assert max(map(len, first.splitlines())) <= 80

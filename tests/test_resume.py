@@ -397,3 +397,23 @@ def test_an_error_of_one_process_alone_is_said_by_it(monkeypatch, capsys):
         assert end.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("process 3: ") and err.endswith("error: the loss is nan\n") and err.count("\n") == 1
+
+
+def test_only_a_run_that_went_well_leaves_its_group(monkeypatch, capsys):
+    from harness import distributed
+    command, done = sys.modules["harness.command"], []
+    monkeypatch.setattr(distributed, "joined", True)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(distributed.dist, name, lambda name=name: done.append(name))
+
+    @command.command
+    def main(argv):
+        if argv:
+            raise argv
+
+    with pytest.raises(SystemExit):
+        main(common.UsageError("no such folder"))
+    assert done == []
+    main()
+    main()  # it is in none any more
+    assert done == ["barrier", "destroy_process_group"]
