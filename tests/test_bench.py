@@ -169,3 +169,33 @@ def test_a_list_of_runs_is_done_once(tmp_path):
     assert one["command"] == "simclr.py --data DATA --width 4 --max-steps 2" and two["code"] == 2
     assert 0 < one["linear"] <= 100 and three["step"] == 1 and three["linear"] == three["top1"]
     assert done.stdout == ""
+
+
+def test_a_run_with_a_leak_trains_on_test_images_and_is_scored(tmp_path, monkeypatch, capsys):
+    import mistakes
+    for split, count in {"train": 40, "val": 10, "test": 10}.items():
+        monkeypatch.setitem(pictures.TOY_COUNT, split, count)
+    seen, steps = [], mistakes.harness.run.Run.steps
+
+    def watched(run):
+        for batch in steps(run):
+            seen.append(batch[0].clone())
+            yield batch
+
+    monkeypatch.setattr(mistakes.harness.run.Run, "steps", watched)
+    out = tmp_path / "leak"
+    mistakes.main(["--width", "4", "--batch-size", "20", "--epochs", "1", "--knn-split", "test", "--amp", "off",
+                   "--cache", str(tmp_path), "--out", str(out), "--device", "cpu"])
+    source = pictures.open_source("toy")
+    clean = pictures.pack(source, 32, tmp_path, ("train", "test"))
+    seen = {image.numpy().tobytes() for image in torch.cat(seen)}
+    assert [sum(image.numpy().tobytes() in seen for image in split.images) for split in (clean.train, clean.test)] == [
+        32, 8]
+    capsys.readouterr()
+    mistakes.main(["score", str(out)])
+    row = json.loads(capsys.readouterr().out)
+    metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["name"] == "leak" and set(row) == {"name", "code", "commit", "cosine", "euclidean", "projector"}
+    assert 0 <= metrics["knn_10"] <= 100 and 0 <= row["cosine"] <= 100
+    near = mistakes.euclidean(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]]), 2)
+    assert torch.equal(near[1], torch.tensor([[1, 2]])) and near[0].tolist() == [[-1.0, -2.0]]
