@@ -44,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from report import peers_chart  # noqa: E402
 from rivals import PEERS, SIZE, Peer, bn_groups  # noqa: E402
 from run import METHODS, optional, parts_of_a_step  # noqa: E402
 from runs import commit, exit_code, machine  # noqa: E402
@@ -292,24 +293,6 @@ def print_accuracy(results, args):
     print("its k 10: minutes after which ours has the peer's last kNN, k 10")
 
 
-def draw(results, file):
-    """kNN against minutes, a panel for each method."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    methods = list(dict.fromkeys(side.split("-")[0] for side in results))
-    figure, panels = pyplot.subplots(1, len(methods), figsize=(4 * len(methods), 3.5), squeeze=False)
-    for method, panel in zip(methods, panels[0], strict=True):
-        for side, rows in results.items():
-            if side.startswith(f"{method}-"):
-                panel.plot([row["seconds"] / 60 for row in rows], [row["knn_10"] for row in rows], ".-",
-                           label=side.split("-")[1])
-        panel.set(title=method, xlabel="minutes of training", ylabel="kNN, k 10, %")
-        panel.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-
-
 # ------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------
@@ -397,7 +380,7 @@ def main(argv=None):
     if len(places := {record["places"][side] for side in sides}) > 1:
         print("not all in one place, so minutes do not compare:", *sorted(places), sep="\n  ")
     if args.comparison == "accuracy" and optional("matplotlib"):
-        draw(results, file.with_suffix(".png"))
+        peers_chart(results, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python bench/report.py            rewrites the tables
     python bench/report.py --check    exit code 1 where a page is not what it would write
+    python bench/report.py --peers-png peers.png --labels-png labels.png    draws the charts instead
 
 A table stands below its recipe, a comment: rows of bench/runs.py (of these names, or beginning so), and columns.
 
@@ -95,10 +96,68 @@ def fill(text):
     return FIGURE.sub(one_figure, TABLE.sub(one_table, text))
 
 
+def panels(count):
+    """A matplotlib figure without a window, and its panels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.0 * count, 3.2), dpi=150, layout="constrained")
+    found = figure.subplots(1, count, squeeze=False)[0]
+    for axes in found:
+        axes.grid(color="0.9", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def peers_chart(results, file):
+    """kNN against minutes, a panel a method. results: of bench/peers.py accuracy, {"simclr-ours": its points, ...}."""
+    methods = list(dict.fromkeys(side.split("-")[0] for side in results))
+    figure, all_axes = panels(len(methods))
+    for method, axes in zip(methods, all_axes, strict=True):
+        sides = {side: rows for side, rows in results.items() if side.startswith(f"{method}-")}
+        for side, rows in sides.items():
+            axes.plot([row["seconds"] / 60 for row in rows], [row["knn_10"] for row in rows], marker="o", markersize=3,
+                      label=side.split("-")[1].replace("ours", "this project"))
+        axes.axhline(rows[0]["knn_10"], color="0.5", linestyle=":", label="untrained")
+        axes.set_title(method, loc="left", fontsize=10)
+        axes.set(xlabel="minutes of training", ylabel="kNN, k 10, %")
+        axes.legend(frameon=False)
+    figure.savefig(file)
+
+
+def labels_chart(rows, file):
+    """Top-1 against the share of labels. rows: of bench/runs.py, "labels-WAY-PERCENT-s0", WAY one of linear.py's."""
+    lines = {}
+    for row in rows:
+        _, way, percent = without_seed(row["name"]).split("-")
+        lines.setdefault(way, {}).setdefault(float(percent), []).append(row["linear"])
+    figure, (axes,) = panels(1)
+    for way, points in lines.items():
+        shares = sorted(points)
+        axes.plot(shares, [sum(points[share]) / len(points[share]) for share in shares], marker="o", markersize=3,
+                  label={"scratch": "from scratch", "finetune": "fine-tuned", "cached": "linear layer"}.get(way, way))
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:g} %" for share in shares])
+    axes.minorticks_off()
+    axes.set(xlabel="labels used", ylabel="top-1 of test images, %")
+    axes.legend(frameon=False)
+    figure.savefig(file)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
-    check = parser.parse_args(argv).check
+    add = parser.add_argument
+    add("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    add("--peers-png", metavar="PNG", help="draw kNN against minutes, beside peers, from results/peers.json")
+    add("--labels-png", metavar="PNG", help="draw top-1 against the share of labels, from results/cifar.jsonl")
+    args = parser.parse_args(argv)
+    if args.peers_png:
+        peers_chart(json.loads((ROOT / "results/peers.json").read_text())["results"], args.peers_png)
+    if args.labels_png:
+        rows = map(json.loads, (ROOT / "results/cifar.jsonl").read_text().splitlines())
+        labels_chart([row for row in rows if row["name"].startswith("labels-")], args.labels_png)
+    if args.peers_png or args.labels_png:
+        return 0
+    check = args.check
     stale = [page for page in PAGES if fill((ROOT / page).read_text()) != (ROOT / page).read_text()]
     if not check:
         for page in stale:
