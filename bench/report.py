@@ -10,7 +10,8 @@ A table stands below its recipe, a comment: rows of bench/runs.py (of these name
     ...
     <!-- end -->
 
-A single figure, the mean alone, stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`.
+A single figure, the mean alone, stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`; the
+end of each side of a bench/peers.py accuracy below `<!-- peers results/peers.json -->`.
 Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean (min to max).
 `flags` are those that not all rows of the table share; the shared ones stand below it.
 """
@@ -28,6 +29,7 @@ from harness.parser import Parser  # noqa: E402
 
 PAGES = ("README.md", "RESULTS.md", "results/log.md")
 TABLE = re.compile(r"(<!-- table (\S+) (.*?) : ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
+PEERS = re.compile(r"(<!-- peers (\S+) -->\n).*?(<!-- end -->)", re.S)
 FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
           "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes",
@@ -77,6 +79,17 @@ def table(rows, columns):
     return lines
 
 
+def peers_table(record):
+    """Lines of Markdown: of each side of a comparison the untrained network, and the last point."""
+    lines = ["| | images | minutes | kNN, k 10: untrained, trained | k 200 |", "|---" * 5 + "|"]
+    for side, rows in record["results"].items():
+        first, last = rows[0], rows[-1]
+        lines.append(f"| {side.replace('-ours', ', this project').replace('-', ', ')} | "
+                     f"{last['step'] * record['settings']['batch_size']:,} | {last['seconds'] / 60:.1f} | "
+                     f"{first['knn_10']:.1f}, {last['knn_10']:.1f} | {last['knn_200']:.1f} |")
+    return lines
+
+
 def fill(text):
     """The text of a page with its tables and figures as the measurements have them."""
     def rows_of(file, names):
@@ -93,7 +106,11 @@ def fill(text):
         head, file, name, column, end = match.groups()
         return head + figure([row.get(column) for row in rows_of(file, name)], column, spread=False) + end
 
-    return FIGURE.sub(one_figure, TABLE.sub(one_table, text))
+    def one_comparison(match):
+        head, file, end = match.groups()
+        return head + "\n" + "\n".join(peers_table(json.loads((ROOT / file).read_text()))) + "\n\n" + end
+
+    return FIGURE.sub(one_figure, PEERS.sub(one_comparison, TABLE.sub(one_table, text)))
 
 
 def panels(count):

@@ -199,3 +199,17 @@ def test_a_run_with_a_leak_trains_on_test_images_and_is_scored(tmp_path, monkeyp
     assert 0 <= metrics["knn_10"] <= 100 and 0 <= row["cosine"] <= 100
     near = mistakes.euclidean(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]]), 2)
     assert torch.equal(near[1], torch.tensor([[1, 2]])) and near[0].tolist() == [[-1.0, -2.0]]
+
+
+def test_a_comparison_is_a_table_and_a_chart(tmp_path):
+    points = [dict(step=0, seconds=0.0, knn_10=28.0, knn_200=27.0),
+              dict(step=100, seconds=90.0, knn_10=50.0, knn_200=49.0)]
+    record = {"settings": {"batch_size": 256}, "results": {"simclr-ours": points, "simclr-lightly": points}}
+    assert report.peers_table(record)[2:] == [
+        f"| simclr, {side} | 25,600 | 1.5 | 28.0, 50.0 | 49.0 |" for side in ("this project", "lightly")]
+    pytest.importorskip("matplotlib")
+    report.peers_chart(record["results"], tmp_path / "peers.png")
+    rows = [dict(name=f"labels-{way}-{share}-s0", linear=share) for way in ("scratch", "probe") for share in (1, 10)]
+    report.labels_chart(rows, tmp_path / "labels.png")
+    for name in ("peers", "labels"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
