@@ -191,11 +191,11 @@ def train_ours(method, args, dataset, folder):
         command = [command[0], f"--resume={folder}", *places, "--quiet"]
     elif args.minutes:
         whole = METHODS[method].RECIPES[dataset.kind]["epochs"]  # of which the warm-up is a share
-        command += [f"--minutes={args.minutes}", f"--warmup-epochs={args.warmup * whole}"]
+        command += [f"--minutes={args.minutes}", f"--warmup-epochs={args.warmup * whole:g}"]
     else:
         steps = max(1, args.images // args.batch_size)
         epochs = math.ceil(steps / (len(dataset.train) // args.batch_size))
-        command += [f"--max-steps={steps}", f"--epochs={epochs}", f"--warmup-epochs={args.warmup * epochs}"]
+        command += [f"--max-steps={steps}", f"--epochs={epochs}", f"--warmup-epochs={args.warmup * epochs:g}"]
     if code := exit_code(command):
         raise common.UsageError(f"{method}.py ended with exit code {code}; its own message says why")
 

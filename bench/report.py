@@ -33,7 +33,7 @@ PEERS = re.compile(r"(<!-- peers (\S+) -->\n).*?(<!-- end -->)", re.S)
 FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
           "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes",
-          "linear": "linear, cached"}
+          "linear": "linear.py"}
 
 
 def without_seed(name):
