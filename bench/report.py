@@ -95,7 +95,7 @@ def fill(text):
     def rows_of(file, names):
         rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
         found = {row["name"]: row for name in names.split() for row in rows
-                 if fnmatch.fnmatch(without_seed(row["name"]), name)}
+                 if name == row["name"] or fnmatch.fnmatch(without_seed(row["name"]), name)}
         return list(found.values()) or sys.exit(f"{file}: no row has a name like {names}")
 
     def one_table(match):
