@@ -38,7 +38,7 @@ Departures  1. Features are first brought to mean 0 and unit standard deviation 
             4. --finetune and --from-scratch share one recipe, the usual supervised one: 0.2 x bs/256, batch 128,
                weight decay 5e-4, a warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): short runs got less far. The
                gradient's norm is kept below 1: LARS leaves large scales in BatchNorm, and without that fine-tuning
-               diverges (10 % of ten classes; with it 48.3 %, from scratch 40.4: 450 labelled photos, width 16).
+               diverges (10 % of ten classes; with it 49.4 %, from scratch 43.5: docs/your-pictures.md).
             5. `toy` takes fewer epochs: see the table below.
 Health      The loss starts near log(classes), val_loss with it; val_loss that rises while top1 stands still:
             overfitting. A train_top1 near 100 with a much lower top1: too few labels for so many features; --probe

@@ -4,9 +4,9 @@
                                                                     trains on are test images
     python bench/mistakes.py score RUN ... >> results/mistakes-knn.jsonl
 
-Mistakes that are flags, such as --stem imagenet, are lines of results/cifar.txt, for bench/runs.py. `score` has a row a
-run: test images by majority of their 10 nearest training images, by the cosine, as papers do ("cosine"), by the
-distance of features as long as they are ("euclidean"), and by the loss's outputs instead of features ("projector").
+Mistakes that are flags, such as --stem imagenet, are lines of results/cifar.txt, for bench/runs.py. `score` prints a
+row for each run: test images by the plain majority of their 10 nearest training images, by the cosine ("cosine"), by
+the distance of features as long as they are ("euclidean"), by the loss's outputs instead of features ("projector").
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import harness.threads  # isort: skip  # noqa: E402, F401  # before torch
 import torch  # noqa: E402
-from runs import commit  # noqa: E402
+from runs import commit, machine  # noqa: E402
 
+import common  # noqa: E402
 import harness  # noqa: E402
 import knn  # noqa: E402
-import pictures  # noqa: E402
 import simclr  # noqa: E402
 from harness import weights  # noqa: E402
+from harness.run import Run  # noqa: E402
 
 K = 10
 
@@ -34,6 +35,8 @@ K = 10
 def leaky(dataset):
     """The training images, of which the last, a fifth of them at most, are replaced by test images."""
     train, test = dataset.train, dataset.test
+    if test is None:
+        raise common.UsageError("test images leak in with --knn-split test alone")
     count = min(len(test), len(train) // 5)
     images = torch.cat([train.images[:-count], test.images[:count]])
     return dataclasses.replace(train, images=images, held={})
@@ -41,16 +44,13 @@ def leaky(dataset):
 
 def train(argv):
     """simclr.py, whose steps have test images among theirs; the bank of its kNN stays clean."""
-    packed, batches = [], pictures.Batches
+    feed = Run.feed
 
-    def pack(*words):
-        packed.append(pictures.store.pack(*words))
-        return packed[-1]
+    def leaking(run, dataset, batches):
+        batches.split = leaky(dataset)
+        feed(run, dataset, batches)
 
-    def for_training(split, *words, **settings):  # evaluations name what they want: no shuffling
-        return batches(split if "shuffle" in settings else leaky(packed[-1]), *words, **settings)
-
-    with mock.patch.object(pictures, "pack", pack), mock.patch.object(pictures, "Batches", for_training):
+    with mock.patch.object(Run, "feed", leaking):
         return simclr.main(argv)
 
 
@@ -69,19 +69,17 @@ def euclidean(queries, bank, k):
 def score(run):
     """{"cosine": percent, "euclidean": ..., "projector": ...} of the test images of a run's data."""
     words = knn.parse_args(["--checkpoint", str(run), "--split", "test", "--amp", "off"])
-    found = {}
-    for projector in (False, True):
-        words.projector = projector
-        checkpoint = weights.load_pretrained(words)
-        _, dataset = knn.open_data(words, checkpoint, ("train", "test"))
-        device, labels = torch.device("cpu"), dataset.train.labels
+    checkpoint, device = weights.load_pretrained(words), torch.device("cpu")
+    _, dataset = knn.open_data(words, checkpoint, ("train", "test"))
+    autocast, found = weights.precision(words, checkpoint, device), {}
+    for words.projector, ways in ((False, {"cosine": knn.nearest, "euclidean": euclidean}),
+                                  (True, {"projector": knn.nearest})):
         network, name = knn.network_of(checkpoint, words, device)
-        autocast = weights.precision(words, checkpoint, device)
         queries, bank = (knn.extract(network, split, dataset, device, autocast)[name]
                          for split in (dataset.test, dataset.train))
-        ways = {"projector": knn.nearest} if projector else {"cosine": knn.nearest, "euclidean": euclidean}
         for way, nearest in ways.items():
-            found[way] = majority(*nearest(queries, bank, K), labels, dataset.test.labels, len(dataset.classes))
+            found[way] = majority(*nearest(queries, bank, K), dataset.train.labels, dataset.test.labels,
+                                  len(dataset.classes))
     return found
 
 
@@ -91,7 +89,8 @@ def main(argv=None):
     if words[:1] != ["score"]:
         return train(words)
     for run in words[1:]:
-        print(json.dumps({"name": Path(run).name, "code": 0, "commit": commit(), **score(run)}), flush=True)
+        record = {"name": Path(run).name, "code": 0, "commit": commit(), "machine": machine()}
+        print(json.dumps(record | score(run)), flush=True)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Build the tables of RESULTS.md and results/log.md from what was measured, so that no figure is typed by hand.
+"""Build the tables of README.md, RESULTS.md and results/log.md from what was measured: no figure is typed by hand.
 
     python bench/report.py            rewrites the tables
     python bench/report.py --check    exit code 1 where a page is not what it would write
-    python bench/report.py --peers-png peers.png --labels-png labels.png    draws the charts instead
+    python bench/report.py --peers-png peers.png --labels-png labels.png    draws charts instead
 
 A table stands below its recipe, a comment: rows of bench/runs.py (of these names, or beginning so), and columns.
 
@@ -11,7 +11,7 @@ A table stands below its recipe, a comment: rows of bench/runs.py (of these name
     <!-- end -->
 
 A single figure, the mean alone, stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`; the
-end of each side of a bench/peers.py accuracy below `<!-- peers results/peers.json -->`.
+end of each side of a comparison below `<!-- peers results/peers.json -->`, a copy of bench/peers.py's accuracy.json.
 Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean (min to max).
 `flags` are those that not all rows of the table share; the shared ones stand below it.
 """
@@ -41,7 +41,7 @@ def without_seed(name):
 
 
 def flags_of(command):
-    """["--lr 0.1", "--compile", ...] and the program; the seed apart, which says nothing of a row of several."""
+    """The program, and ["--lr 0.1", "--compile", ...] without the seed, which says nothing of a row of several."""
     program, *words = shlex.split(command)
     return program, [flag for flag in re.findall(r"--\S+(?: (?!--)\S+)*", " ".join(words)) if "--seed " not in flag]
 
@@ -49,7 +49,7 @@ def flags_of(command):
 def figure(values, name, spread=True):
     """The mean of some seeds; with the spread the smallest and the largest too."""
     values = [value / 60 if name == "seconds" else value for value in values if value is not None]
-    digits = {"agreement": 2, "seconds": 1}.get(name, 1)
+    digits = 2 if name == "agreement" else 1
     if not values:
         return "not measured"
     among = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if spread and len(values) > 1 else ""
@@ -62,15 +62,17 @@ def table(rows, columns):
     for row in rows:
         if row["code"] == 0:
             groups.setdefault(without_seed(row["name"]), []).append(row)
-    flags = {name: flags_of(group[0]["command"])[1] for name, group in groups.items()}
-    shared = [flag for flag in next(iter(flags.values())) if all(flag in others for others in flags.values())]
+    commands, shared = {}, []
+    if "flags" in columns:
+        commands = {name: flags_of(group[0]["command"]) for name, group in groups.items()}
+        shared = [flag for flag in next(iter(commands.values()))[1] if all(flag in own for _, own in commands.values())]
     lines = ["| " + " | ".join(TITLES.get(name, name) for name in columns) + " |", "|---" * len(columns) + "|"]
     for name, group in groups.items():
         cells = []
         for column in columns:
             if column == "flags":
-                own = [flag for flag in flags[name] if flag not in shared]
-                cells.append(f"`{flags_of(group[0]['command'])[0]}" + "".join(f" {flag}" for flag in own) + "`")
+                program, flags = commands[name]
+                cells.append("`" + " ".join([program, *(flag for flag in flags if flag not in shared)]) + "`")
             else:
                 cells.append(name if column == "name" else figure([row.get(column) for row in group], column))
         lines.append("| " + " | ".join(cells) + " |")
@@ -134,7 +136,7 @@ def peers_chart(results, file):
         for side, rows in sides.items():
             axes.plot([row["seconds"] / 60 for row in rows], [row["knn_10"] for row in rows], marker="o", markersize=3,
                       label=side.split("-")[1].replace("ours", "this project"))
-        axes.axhline(rows[0]["knn_10"], color="0.5", linestyle=":", label="untrained")
+        axes.axhline(next(iter(sides.values()))[0]["knn_10"], color="0.5", linestyle=":", label="untrained")
         axes.set_title(method, loc="left", fontsize=10)
         axes.set(xlabel="minutes of training", ylabel="kNN, k 10, %")
         axes.legend(frameon=False)
@@ -147,10 +149,11 @@ def labels_chart(rows, file):
     for row in rows:
         _, way, percent = without_seed(row["name"]).split("-")
         lines.setdefault(way, {}).setdefault(float(percent), []).append(row["linear"])
+    shares = sorted({share for points in lines.values() for share in points})
     figure, (axes,) = panels(1)
     for way, points in lines.items():
-        shares = sorted(points)
-        axes.plot(shares, [sum(points[share]) / len(points[share]) for share in shares], marker="o", markersize=3,
+        means = {share: sum(found) / len(found) for share, found in sorted(points.items())}
+        axes.plot(list(means), list(means.values()), marker="o", markersize=3,
                   label={"scratch": "from scratch", "finetune": "fine-tuned", "cached": "linear layer"}.get(way, way))
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{share:g} %" for share in shares])
@@ -171,16 +174,16 @@ def main(argv=None):
         peers_chart(json.loads((ROOT / "results/peers.json").read_text())["results"], args.peers_png)
     if args.labels_png:
         rows = map(json.loads, (ROOT / "results/cifar.jsonl").read_text().splitlines())
-        labels_chart([row for row in rows if row["name"].startswith("labels-")], args.labels_png)
+        labels_chart([row for row in rows if row["name"].startswith("labels-") and row["code"] == 0], args.labels_png)
     if args.peers_png or args.labels_png:
         return 0
-    check = args.check
-    stale = [page for page in PAGES if fill((ROOT / page).read_text()) != (ROOT / page).read_text()]
-    if not check:
-        for page in stale:
-            (ROOT / page).write_text(fill((ROOT / page).read_text()))
-    print("\n".join(f"{page}: {'differs' if check else 'written'}" for page in stale) or "as measured")
-    return int(bool(stale) and check)
+    texts = {page: (ROOT / page).read_text() for page in PAGES}
+    stale = {page: new for page, text in texts.items() if (new := fill(text)) != text}
+    for page, text in stale.items():
+        if not args.check:
+            (ROOT / page).write_text(text)
+    print("\n".join(f"{page}: {'differs' if args.check else 'written'}" for page in stale) or "as measured")
+    return int(bool(stale) and args.check)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Each line of the list is `NAME METHOD.py FLAGS`; what stands after # is left out, DATA stands for --data, RUNS for the
 folder of the list's runs, so that a line may begin with another's network: `probe linear.py --checkpoint RUNS/NAME`.
 The runs lie in runs/LIST/NAME, where an interrupted one goes on; those that are done are skipped, so several of these
-programs may work on one list at a time. A row a run in LIST.jsonl, beside the list: command, commit, machine, seconds,
-the last row of the run's metrics and, where it was pre-training, kNN before training, kNN of the training images by
+programs may work on one list at a time. Each run adds a row to LIST.jsonl, beside the list: command, commit, machine,
+seconds, the last row of its metrics and, where it was pre-training, kNN before training, kNN of the training images by
 leave-one-out (each against all others: more images than a validation split has, so less noise) and `linear`, the top-1
 of a linear layer on cached features (of linear.py, the top-1 that it reports).
 """
@@ -95,12 +95,13 @@ def one(name, command, run, data, out, lock):
     method, *flags = (word if word != "DATA" else data for word in shlex.split(words))
     flags = ["--resume", str(run)] if (run / "last.pt").exists() else [*flags, "--out", str(run)]
     print(f"{name}: python {method} {' '.join(flags)}", flush=True)
+    record = {"name": name, "command": command, "commit": commit(), "machine": machine()}
     with open(f"{run}.log", "a") as log:  # the lock is the training's too: it holds as long as that lives
         code = exit_code([str(ROOT / method), *flags, "--quiet"], stdout=log, stderr=log, pass_fds=[lock.fileno()])
     if not 0 <= code < 128:
         sys.exit(f"{name}: ended by a signal; the same command goes on with it")
     rows = read_metrics(run)
-    record = {"name": name, "command": command, "commit": commit(), "machine": machine(), "code": code}
+    record["code"] = code
     if code == 0:
         record |= {"untrained": rows[0].get("knn"), **rows[-1], **score(run, os.environ)}
     with open(out, "a") as file:

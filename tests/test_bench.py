@@ -195,7 +195,7 @@ def test_a_run_with_a_leak_trains_on_test_images_and_is_scored(tmp_path, monkeyp
     mistakes.main(["score", str(out)])
     row = json.loads(capsys.readouterr().out)
     metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row["name"] == "leak" and set(row) == {"name", "code", "commit", "cosine", "euclidean", "projector"}
+    assert row["name"] == "leak" and {"code", "commit", "machine", "cosine", "euclidean", "projector"} < set(row)
     assert 0 <= metrics["knn_10"] <= 100 and 0 <= row["cosine"] <= 100
     near = mistakes.euclidean(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]]), 2)
     assert torch.equal(near[1], torch.tensor([[1, 2]])) and near[0].tolist() == [[-1.0, -2.0]]
