@@ -212,6 +212,12 @@ def test_a_long_gap_is_left_out_and_a_missing_tag_named():
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "results/log.md"], ids=lambda page: page.name)
+def test_no_line_of_a_paragraph_begins_with_a_comment(page):
+    """There Markdown ends the paragraph."""
+    assert not re.search(r"^<!-- figure", page.read_text(), flags=re.M)
+
+
 def test_formulas_are_safe_on_github():
     """There Markdown takes a backslash before punctuation out of $...$, and some commands are refused."""
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.M | re.S)
