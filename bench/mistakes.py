@@ -54,16 +54,18 @@ def train(argv):
         return simclr.main(argv)
 
 
-def majority(similarity, rows, labels, truth, classes):
-    votes = knn.vote(torch.zeros_like(similarity), rows, labels, classes, 1.0)
+def majority(rows, labels, truth, classes):
+    """Percent of queries most of whose neighbours are of their class. rows (Q, K), labels (M,), truth (Q,)."""
+    votes = knn.vote(torch.zeros(rows.shape), rows, labels, classes, temperature=1.0)
     return round(100.0 * (votes.argmax(dim=1) == truth).double().mean().item(), 2)
 
 
-def euclidean(queries, bank, k):
-    """Like knn.nearest(), by distance."""
-    parts = (torch.cdist(part, bank).topk(k, largest=False) for part in queries.split(1000))
-    distance, rows = zip(*parts, strict=True)
-    return -torch.cat(distance), torch.cat(rows)
+def by_cosine(queries, bank):
+    return knn.nearest(queries, bank, K)[1]
+
+
+def by_distance(queries, bank):
+    return torch.cat([torch.cdist(part, bank).topk(K, largest=False).indices for part in queries.split(1000)])
 
 
 def score(run):
@@ -72,13 +74,13 @@ def score(run):
     checkpoint, device = weights.load_pretrained(words), torch.device("cpu")
     _, dataset = knn.open_data(words, checkpoint, ("train", "test"))
     autocast, found = weights.precision(words, checkpoint, device), {}
-    for words.projector, ways in ((False, {"cosine": knn.nearest, "euclidean": euclidean}),
-                                  (True, {"projector": knn.nearest})):
+    for words.projector, ways in ((False, {"cosine": by_cosine, "euclidean": by_distance}),
+                                  (True, {"projector": by_cosine})):
         network, name = knn.network_of(checkpoint, words, device)
         queries, bank = (knn.extract(network, split, dataset, device, autocast)[name]
                          for split in (dataset.test, dataset.train))
         for way, nearest in ways.items():
-            found[way] = majority(*nearest(queries, bank, K), dataset.train.labels, dataset.test.labels,
+            found[way] = majority(nearest(queries, bank), dataset.train.labels, dataset.test.labels,
                                   len(dataset.classes))
     return found
 
@@ -88,6 +90,8 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if words[:1] != ["score"]:
         return train(words)
+    if not words[1:]:
+        raise common.UsageError("score: name a run")
     for run in words[1:]:
         record = {"name": Path(run).name, "code": 0, "commit": commit(), "machine": machine()}
         print(json.dumps(record | score(run)), flush=True)

@@ -2,7 +2,7 @@
 
     python bench/report.py            rewrites the tables
     python bench/report.py --check    exit code 1 where a page is not what it would write
-    python bench/report.py --peers-png peers.png --labels-png labels.png    draws charts instead
+    python bench/report.py --peers-png peers.png      draws a chart instead; --labels-png likewise
 
 A table stands below its recipe, a comment: rows of bench/runs.py (of these names, or beginning so), and columns.
 
@@ -92,14 +92,19 @@ def peers_table(record):
     return lines
 
 
+def rows_of(file, names):
+    """The rows of a file of bench/runs.py that bear one of these names, or begin with it (`sc-*`), in that order."""
+    rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
+    found = {row["name"]: row for name in names.split() for row in rows
+             if name == row["name"] or fnmatch.fnmatch(without_seed(row["name"]), name)}
+    if not found:
+        print(f"{file}: no row has a name like {names}", file=sys.stderr)
+        sys.exit(2)
+    return list(found.values())
+
+
 def fill(text):
     """The text of a page with its tables and figures as the measurements have them."""
-    def rows_of(file, names):
-        rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
-        found = {row["name"]: row for name in names.split() for row in rows
-                 if name == row["name"] or fnmatch.fnmatch(without_seed(row["name"]), name)}
-        return list(found.values()) or sys.exit(f"{file}: no row has a name like {names}")
-
     def one_table(match):
         head, file, names, columns, end = match.groups()
         return head + "\n" + "\n".join(table(rows_of(file, names), columns.split())) + "\n\n" + end
@@ -146,7 +151,7 @@ def peers_chart(results, file):
 def labels_chart(rows, file):
     """Top-1 against the share of labels. rows: of bench/runs.py, "labels-WAY-PERCENT-s0", WAY one of linear.py's."""
     lines = {}
-    for row in rows:
+    for row in (row for row in rows if row["code"] == 0):
         _, way, percent = without_seed(row["name"]).split("-")
         lines.setdefault(way, {}).setdefault(float(percent), []).append(row["linear"])
     shares = sorted({share for points in lines.values() for share in points})
@@ -165,18 +170,15 @@ def labels_chart(rows, file):
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    add = parser.add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
     add("--peers-png", metavar="PNG", help="draw kNN against minutes, beside peers, from results/peers.json")
     add("--labels-png", metavar="PNG", help="draw top-1 against the share of labels, from results/cifar.jsonl")
     args = parser.parse_args(argv)
     if args.peers_png:
-        peers_chart(json.loads((ROOT / "results/peers.json").read_text())["results"], args.peers_png)
+        return peers_chart(json.loads((ROOT / "results/peers.json").read_text())["results"], args.peers_png)
     if args.labels_png:
-        rows = map(json.loads, (ROOT / "results/cifar.jsonl").read_text().splitlines())
-        labels_chart([row for row in rows if row["name"].startswith("labels-") and row["code"] == 0], args.labels_png)
-    if args.peers_png or args.labels_png:
-        return 0
+        return labels_chart(rows_of("results/cifar.jsonl", "labels-*"), args.labels_png)
     texts = {page: (ROOT / page).read_text() for page in PAGES}
     stale = {page: new for page, text in texts.items() if (new := fill(text)) != text}
     for page, text in stale.items():

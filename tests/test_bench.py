@@ -175,14 +175,14 @@ def test_a_run_with_a_leak_trains_on_test_images_and_is_scored(tmp_path, monkeyp
     import mistakes
     for split, count in {"train": 40, "val": 10, "test": 10}.items():
         monkeypatch.setitem(pictures.TOY_COUNT, split, count)
-    seen, steps = [], mistakes.harness.run.Run.steps
+    seen, steps = [], mistakes.Run.steps
 
     def watched(run):
         for batch in steps(run):
             seen.append(batch[0].clone())
             yield batch
 
-    monkeypatch.setattr(mistakes.harness.run.Run, "steps", watched)
+    monkeypatch.setattr(mistakes.Run, "steps", watched)
     out = tmp_path / "leak"
     mistakes.main(["--width", "4", "--batch-size", "20", "--epochs", "1", "--knn-split", "test", "--amp", "off",
                    "--cache", str(tmp_path), "--out", str(out), "--device", "cpu"])
@@ -197,8 +197,18 @@ def test_a_run_with_a_leak_trains_on_test_images_and_is_scored(tmp_path, monkeyp
     metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["name"] == "leak" and {"code", "commit", "machine", "cosine", "euclidean", "projector"} < set(row)
     assert 0 <= metrics["knn_10"] <= 100 and 0 <= row["cosine"] <= 100
-    near = mistakes.euclidean(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]]), 2)
-    assert torch.equal(near[1], torch.tensor([[1, 2]])) and near[0].tolist() == [[-1.0, -2.0]]
+    bank = torch.zeros(12, 2)
+    bank[:2] = torch.tensor([[9.0, 0.0], [0.1, 0.1]])  # the direction of the query, far away; and the other way round
+    bank[2:] += torch.tensor([-1.0, 0.0])
+    query = torch.tensor([[0.1, 0.0]])
+    assert 0 not in mistakes.by_distance(query, bank) and mistakes.by_distance(query, bank)[0, 0] == 1
+    assert mistakes.by_cosine(query, bank)[0, 0] == 0
+    right = mistakes.majority(torch.tensor([[0, 1, 2], [0, 1, 2]]), torch.tensor([0, 1, 1]), torch.tensor([1, 0]), 2)
+    assert right == 50.0
+    for wrong, words in ((["score"], "name a run"), (["--data", str(tmp_path / "none")], "none")):
+        with pytest.raises(SystemExit) as end:
+            mistakes.main(wrong)
+        assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_comparison_is_a_table_and_a_chart(tmp_path):
@@ -209,7 +219,8 @@ def test_a_comparison_is_a_table_and_a_chart(tmp_path):
         f"| simclr, {side} | 25,600 | 1.5 | 28.0, 50.0 | 49.0 |" for side in ("this project", "lightly")]
     pytest.importorskip("matplotlib")
     report.peers_chart(record["results"], tmp_path / "peers.png")
-    rows = [dict(name=f"labels-{way}-{share}-s0", linear=share) for way in ("scratch", "probe") for share in (1, 10)]
+    rows = [dict(name=f"labels-{way}-{share}-s0", linear=share, code=0) for way in ("scratch", "probe")
+            for share in (1, 10)] + [dict(name="labels-probe-100-s0", code=1)]  # it failed
     report.labels_chart(rows, tmp_path / "labels.png")
     for name in ("peers", "labels"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
