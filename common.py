@@ -310,7 +310,7 @@ def pick_device(name="auto"):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = "not available here; try --device auto"
-        if torch.cuda.is_available():  # but full, say
+        if "out of memory" in str(error):
             why = str(error).partition("\n")[0][:80] + "; try --device cpu"
         raise UsageError(f"--device {name}: {why}") from None
     if device.type == "cuda":

@@ -237,7 +237,8 @@ def test_step_equals_an_independent_double_precision_step():
 # Whole runs
 # ------------------------------------------------------------------------------------------------
 
-TINY = ["--image-size", "16", "--stem", "cifar", "--width", "4", "--batch-size", "8", "--amp", "off", "--quiet"]
+TINY = ["--device", "cpu", "--amp", "off", "--image-size", "16", "--stem", "cifar", "--width", "4",
+        "--batch-size", "8", "--quiet"]
 
 
 @pytest.fixture(scope="module")
