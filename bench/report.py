@@ -11,7 +11,8 @@ A table stands below its recipe, a comment: rows of bench/runs.py (of these name
     <!-- end -->
 
 A single figure, the mean alone, stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`; the
-end of each side of a comparison below `<!-- peers results/peers.json -->`, a copy of bench/peers.py's accuracy.json.
+end of each side of a comparison below `<!-- peers results/peers.json -->`, a copy of bench/peers.py's accuracy.json;
+the medians of `bench/run.py --only training --json FILE` below `<!-- speed FILE -->`.
 Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean (min to max).
 `flags` are those that not all rows of the table share; the shared ones stand below it.
 """
@@ -20,6 +21,7 @@ import fnmatch
 import json
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from harness.parser import Parser  # noqa: E402
 PAGES = ("README.md", "RESULTS.md", "results/log.md")
 TABLE = re.compile(r"(<!-- table (\S+) (.*?) : ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 PEERS = re.compile(r"(<!-- peers (\S+) -->\n).*?(<!-- end -->)", re.S)
+SPEED = re.compile(r"(<!-- speed (\S+) -->\n).*?(<!-- end -->)", re.S)
 FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
           "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes",
@@ -92,6 +95,18 @@ def peers_table(record):
     return lines
 
 
+def speed_table(record):
+    """Lines of Markdown: of each method images/s, those of the network alone, and the shares of a step."""
+    parts = ("network", "views", "loss", "optimizer")
+    lines = ["| | images/s | network alone | " + " | ".join(parts) + " | peak memory |", "|---" * 8 + "|"]
+    for row in record["rows"]:
+        whole, bare = (row["work"] / statistics.median(row[side]) for side in ("ours_seconds", "peer_seconds"))
+        shares = (f"{100 * row['shares'][part]:.0f} %" for part in parts)
+        lines.append(f"| {row['what']} | {whole:,.0f} | {bare:,.0f} | " + " | ".join(shares)
+                     + f" | {row['peak_megabytes'] / 1e3:.1f} GB |")
+    return lines
+
+
 def rows_of(file, names):
     """The rows of a file of bench/runs.py that bear one of these names, or begin with it (`sc-*`), in that order."""
     rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
@@ -113,11 +128,14 @@ def fill(text):
         head, file, name, column, end = match.groups()
         return head + figure([row.get(column) for row in rows_of(file, name)], column, spread=False) + end
 
-    def one_comparison(match):
-        head, file, end = match.groups()
-        return head + "\n" + "\n".join(peers_table(json.loads((ROOT / file).read_text()))) + "\n\n" + end
+    def whole_file(table):
+        def one_file(match):
+            head, file, end = match.groups()
+            return head + "\n" + "\n".join(table(json.loads((ROOT / file).read_text()))) + "\n\n" + end
+        return one_file
 
-    return FIGURE.sub(one_figure, PEERS.sub(one_comparison, TABLE.sub(one_table, text)))
+    text = SPEED.sub(whole_file(speed_table), PEERS.sub(whole_file(peers_table), text))
+    return FIGURE.sub(one_figure, TABLE.sub(one_table, text))
 
 
 def panels(count):

@@ -402,12 +402,14 @@ def training_flags(size, batch, width, stem, steps, device, cache):
             "--max-steps", steps, "--knn-every", 0, "--quiet", "--device", device.type, "--cache", cache]
 
 
-def measure_training(report, rounds, device, size=32, batch=64, width=16, stem="cifar", steps=20, compile=False):
+def measure_training(report, rounds, device, methods=METHODS, size=32, batch=64, width=16, stem="cifar", steps=20,
+                     compile=False):
     warm, autocast = 5, common.pick_precision("auto", device, width)[0]
     last = warm + steps + 1  # begins when the one before it is done, and takes the end of the run
     pictures.TOY_COUNT["train"] = batch * last  # one epoch: no pause in between
     with tempfile.TemporaryDirectory() as folder:
-        for method, module in METHODS.items():
+        for method in methods:
+            module = METHODS[method]
             flags = [*training_flags(size, batch, width, stem, last, device, folder), *["--compile"] * compile]
             times, peak = {"ours": []}, None
             for turn in range(min(rounds, 5)):
@@ -470,13 +472,13 @@ def paired_steps(method, module, flags, warm, device):
     return times
 
 
-def measure_whole(report, rounds, device, size=32, batch=64, width=16, stem="cifar", steps=20):
+def measure_whole(report, rounds, device, methods=METHODS, size=32, batch=64, width=16, stem="cifar", steps=20):
     warm = 5
     pictures.TOY_COUNT["train"] = batch * (warm + steps)
     with tempfile.TemporaryDirectory() as folder:
-        for method, module in METHODS.items():
+        for method in methods:
             flags = training_flags(size, batch, width, stem, warm + steps, device, folder)
-            times = paired_steps(method, module, [*flags, "--out", f"{folder}/{method}"], warm, device)
+            times = paired_steps(method, METHODS[method], [*flags, "--out", f"{folder}/{method}"], warm, device)
             report.row("whole", f"{method}, whole step, w {width}", times, batch, "/s")
             outside = statistics.median(1 - b / a for a, b in zip(times["ours"], times["network"], strict=True))
             report.note(f"outside of the network {outside:.1%}")
@@ -614,7 +616,9 @@ def main(argv=None):
     parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of both")
     parser.add_argument("--steps", type=number(int, low=1), default=None,
                         help="of both: a turn (default: 20; 5 if --quick)")
-    parser.add_argument("--compile", action="store_true", help="of training: with torch.compile, its time left out")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of both")
+    parser.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), metavar="MODE",
+                        help="of training: with torch.compile, its time left out; reduce-overhead: with CUDA graphs")
     parser.add_argument("--json", metavar="FILE", type=json_file, help="also write the seconds of every turn here")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
@@ -630,11 +634,13 @@ def main(argv=None):
         torch.set_num_threads(1 if section in ("views", "packing") else threads)
         measure = SECTIONS[section]
         if section in ("training", "whole"):
-            measure = functools.partial(measure, size=args.size, batch=args.batch, width=args.width, stem=args.stem,
-                                        steps=args.steps)
+            measure = functools.partial(measure, methods=args.methods, size=args.size, batch=args.batch,
+                                        width=args.width, stem=args.stem, steps=args.steps)
         if section == "training":
-            measure = functools.partial(measure, compile=args.compile)
-        measure(report, rounds, device)
+            measure = functools.partial(measure, compile=bool(args.compile))
+        with mock.patch.object(torch.nn.Module, "compile",
+                               functools.partialmethod(torch.nn.Module.compile, mode=args.compile)):
+            measure(report, rounds, device)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": name, "versions": versions, "rows": report.rows}, indent=1))
 

@@ -234,9 +234,7 @@ def compiled(model, views, run):
     if run.args.compile:
         try:
             torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=run.device))
-            # Recorded once as CUDA graphs, a step asks a GPU for a few things instead of hundreds.
-            graphs = run.device.type == "cuda" and distributed.size() == 1
-            model.compile(mode="reduce-overhead" if graphs else None)
+            model.compile()
             if run.device.type == "cpu":  # 157 images/s of 218 on one machine, 1.14 to 1.24 times as many on another
                 run.say("note    --compile: on a CPU it may not pay; compare images/s with a short run without it")
             elif isinstance(views, common.TwoCrops):
