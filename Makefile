@@ -13,7 +13,7 @@ test: .venv/installed
 
 # The tests of what is optional, with the packages that it wants: -rs says what is skipped even so.
 check: .venv/extras
-	.venv/bin/python -m pytest -rs tests/test_plot.py tests/test_export.py tests/test_knn.py tests/test_articles.py \
+	.venv/bin/python -m pytest -rs tests/test_plot.py tests/test_export.py tests/test_knn.py tests/test_pages.py \
 	    tests/test_tensorboard.py tests/test_docs.py tests/test_peers.py
 
 # The code in docs/papers.md anew from the four files; and that page in two columns, site/index.html.

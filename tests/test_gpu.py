@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
-    monkeypatch.setattr(pictures, "TOY_COUNT", {"train": 256, "val": 64, "test": 64})
+    for split, count in (("train", 256), ("val", 64), ("test", 64)):
+        monkeypatch.setitem(pictures.TOY_COUNT, split, count)
 
 
 def train(method, folder, *flags):
