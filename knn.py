@@ -377,8 +377,8 @@ def parse_args(argv):
     add("--data-root", type=path, help="where a named data set lies (default: that of the run)")
     add("--cache", type=path, help="folder for packed pictures (default: that of the run)")
     add("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
-    add("--split", choices=("val", "test", "train"), default="val", help="whose images are the queries, and on the map "
-        "and in the file of features; without val images: train")
+    add("--split", choices=("val", "test", "train"), help="whose images are the queries, and on the map and in the "
+        "file of features (default: the run's --knn-split, of other --data val); without val images: train")
     add("--k", type=number(int, low=1), nargs="+", default=[200, 20], help="neighbours that vote")
     # Votes are exp(similarity / temperature): below 0.02 they would leave the range of float32.
     add("--temperature", type=number(float, low=0.02), default=0.1, help="of the votes")
@@ -508,6 +508,7 @@ def main(argv=None):
         print("map     " + ("t-SNE, by scikit-learn" if tsne else "PCA; where scikit-learn is installed, t-SNE"))
     checkpoint = weights.load_pretrained(args)
     checkpoint["args"]["skip_unreadable"] |= args.skip_unreadable
+    args.split = args.split or ("val" if args.data else checkpoint["args"]["knn_split"])
     device = common.pick_device(args.device)
     autocast = weights.precision(args, checkpoint, device)
     source, dataset = open_data(args, checkpoint, ("train", args.split))

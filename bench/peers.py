@@ -8,9 +8,11 @@ Peers       lightly   its SimCLR, MoCo v2 and SimSiam: its transforms, heads, lo
             Both read a torch DataLoader. See bench/rivals.py for what differs from their sources.
 Same        the network (common.ResNet18, cifar stem) and its first weights, batch, number of images; SGD with momentum
             0.9 (RotNet: Nesterov), learning rate, warm-up, cosine, weight decay; temperature, MoCo's queue and m
-Own         views, heads (SimCLR's hidden layer: ours and plain 1024, lightly's as wide as the features), losses, and
-            their precision: in bf16 the peers' losses are computed in it, ours in float32. lightly's SimSiam has the
-            cosine for its predictor too, ours keeps that rate constant
+            and, of ours and lightly, what the papers say of views and of the width of heads
+Own         how views are made, networks fed (SimCLR's views in one forward or in two) and heads normalised; the plain
+            files' views (crops from 0.2, grey 0.1) and head (1024); losses, and their precision: in bf16 the peers'
+            are computed in it, ours in float32. lightly's SimSiam has the cosine for its predictor too, ours keeps
+            that rate constant
 speed       images/s of whole steps (data, views, forward, backward, optimiser), beside those of the bare network: ours,
             forward, backward and optimiser on a batch that is there. The sides take short turns. A peer's workers live
             in its turns only, and what they prepare before the clock runs is used up by then. float32; then the best of
@@ -65,8 +67,9 @@ RECIPES = {
     "simsiam": dict(lr=0.06, weight_decay=5e-4),
     "rotnet": dict(lr=0.2, weight_decay=5e-4),
 }
-OURS = {"simclr": dict(optimizer="sgd", lr_scaling="linear"), "moco": dict(head="mlp"), "simsiam": {},
-        "rotnet": dict(schedule="cosine")}
+# lightly has SimCLR's crops for MoCo, too.
+OURS = {"simclr": dict(optimizer="sgd", lr_scaling="linear", min_crop=0.08, grey=0.2), "simsiam": {},
+        "moco": dict(head="mlp", min_crop=0.08), "rotnet": dict(schedule="cosine")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,6 +84,8 @@ def our_command(method, args, amp, out):
               "save_every": "5min", "out": out}
     if method == "moco":
         values["bn_splits"] = bn_groups(args.batch_size)
+    elif method == "simclr":
+        values["hidden_dim"] = 8 * args.width  # as wide as the features
     words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
     return [str(ROOT / f"{method}.py"), *words, "--quiet"]
 

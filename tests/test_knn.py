@@ -17,6 +17,7 @@ from PIL import Image
 import common
 import knn
 import pictures
+import simsiam
 
 
 def by_loops(queries, bank, labels, classes, k, temperature):
@@ -271,6 +272,15 @@ def test_neighbours_of_few_and_of_partly_labelled_pictures(place, capsys):
     assert "--split test: this data has no test images" in capsys.readouterr().err
 
 
+def test_the_queries_are_those_of_the_run(tmp_path, monkeypatch, capsys):
+    for split, count in (("train", 96), ("test", 32)):
+        monkeypatch.setitem(pictures.TOY_COUNT, split, count)
+    simsiam.main(["--knn-split", "test", "--width", "4", "--batch-size", "16", "--max-steps", "1", "--amp", "off",
+                  "--quiet", "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
+    knn.main(["--checkpoint", str(tmp_path / "run"), "--k", "5"])
+    assert "32 test images against 96 training images" in capsys.readouterr().out
+
+
 def run(*flags):
     knn.main(["--weights", "net.pth", "--image-size", "16", "--amp", "off", *flags])
 
@@ -402,7 +412,7 @@ def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):
     dataset = types.SimpleNamespace(train=make_split(6, labels), val=make_split(6, labels), classes=classes)
     dataset.train.paths, source = ["bank"] * 6, types.SimpleNamespace(description=[])
     monkeypatch.setattr(knn.weights, "load_pretrained", lambda args: {
-        "args": {"skip_unreadable": False}, "width": 4, "method": "simclr"})
+        "args": {"skip_unreadable": False, "knn_split": "val"}, "width": 4, "method": "simclr"})
     monkeypatch.setattr(knn.weights, "load_backbone", lambda *_: torch.nn.Identity())
     monkeypatch.setattr(knn, "open_data", lambda *_: (source, dataset))
     monkeypatch.setattr(knn, "extract", lambda network, split, *_: {
