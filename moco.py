@@ -17,8 +17,7 @@ Map         Eq. 1 -> info_nce() [E1] | Eq. 2 -> ema_update() [E2] | Algorithm 1 
 Read on     Fig. 2     Large and consistent: end-to-end training has no large dictionary, a memory bank no
                        consistent one.
             4.1        m from 0.99 to 0.9999 works, 0.9 is considerably worse, 0 does not converge.
-            A.9        How to see that BatchNorm leaks the answer: pretext accuracy soon passes 99.9 % while
-                       kNN falls (the paper's Fig. A.1).
+            A.9        BatchNorm leaks: pretext accuracy soon passes 99.9 % while kNN falls (Fig. A.1).
             v2, Tab. 1 MLP head with T 0.2: 5.6 points more (at T 0.07 2.3); blur: 2.8; with the cosine: 6.9.
 Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook   here
             --lr                0.03 x bs/256            0.03 x bs/256             photos, cifar: the same
@@ -37,25 +36,23 @@ Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook
 Published   ImageNet, ResNet-50, linear, 200 epochs: v1 60.6 %, v2 67.5 % (71.1 % after 800).
             CIFAR-10, ResNet-18 (the notebook), kNN with k 200 of the 128-d output on the test images, after
             200 / 400 / 800 epochs: 82.6 / 86.3 / 88.7 %, with --symmetric 85.3 / 88.5 / 89.7 % (linear 90.7).
-            Ours for that: --data cifar10 --knn-split test, which holds no training images out, then
-            knn.py --projector --split test; `knn` here is that of the backbone.
+            Ours for that: --data cifar10 --knn-split test (no training images held out), then knn.py
+            --projector; `knn` here is that of the backbone.
 Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images packed at that size; the papers
                train ResNet-50 at 224 px and crop the full image. The notebook: ResNet-18, 32 px, as here.
-            2. The cosine falls every step, not every epoch as in the code.
-            3. A folder of photos has thousands of images, not a million. The longer the queue, the more often it
-               holds an old key of the query's own image; and with 10,000 images m = 0.999 averages over 25
-               epochs. So K is at most a quarter of the images, then a power of two (a batch at least): kNN
-               of 4,500 photos after 20 epochs 35.1 % against 31.4 with 4096 keys and groups of 16 (two seeds,
-               width 16, 64 px; no GPU has confirmed it). --recipe paper takes the paper's K and m.
-            4. Eight GPUs are simulated by --bn-splits groups of one device's batch, as in the notebook. Several
-               processes share them, rounded down, one each at least.
-            5. Algorithm 1 updates f_k after the SGD step; here, as in the authors' code, before the next keys
-               are made. The keys are the same: the only further update is the very first, of equal weights.
+            2. The cosine falls every step, in the code every epoch.
+            3. A folder has thousands of photos, not a million. The longer the queue, the more often it holds an
+               old key of the query's own image; and with 10,000 images m = 0.999 averages over 25 epochs. So K
+               is at most a quarter of the images, then a power of two (a batch at least): kNN of 4,500 photos
+               after 20 epochs 35.1 % against 31.4 with 4096 keys and groups of 16 (two seeds, width 16, 64 px).
+               --recipe paper takes the paper's K and m.
+            4. --bn-splits groups of a batch stand for eight GPUs, as in the notebook; several processes share them.
+            5. Algorithm 1 updates f_k after the SGD step; here, as in the authors' code, before the next keys are
+               made. The keys are the same: the only further update is the first, of equal weights.
             6. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
 Health      The loss starts low (the queue is noise), climbs towards log(1 + K) as real keys fill it, then
-            falls. `accuracy` is the share of queries whose own key scores highest, 1/(1 + K)
-            by chance, 0 once all keys are the same. On `toy`, --bn-splits 8 --epochs 6 gave kNN 66.8 % (commit
-            93f1447; draws have changed since); with
+            falls. `accuracy` is the share of queries whose own key scores highest, 1/(1 + K) by chance, 0 once
+            all keys are the same. On `toy`, --bn-splits 8 --epochs 6 gave kNN 66.8 % (commit 93f1447), with
             --no-shuffle-bn        46.6 %: BatchNorm gives the answer away, and less is learned.
             --momentum-encoder 0   33.3 %, loss stuck at chance, log(257) = 5.549: the keys disagree.
 """
@@ -190,25 +187,28 @@ class SplitBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"{len(x)} images cannot be split into {self.splits} BatchNorm groups")
         # Every group moves its own copy of the running statistics; what is kept is the mean of the copies.
         means, variances = (s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var))  # (splits, C)
-        # The groups of x.tensor_split(splits), whose backward is slow.
-        sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]
-        groups = [
-            F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
-            for group, mean, variance in zip(x.split(sizes), means, variances, strict=True)
-        ]
+        if augment.all_at_once(x) and len(x) % self.splits == 0:
+            # A GPU is asked once for all groups, which stand side by side as channels: (n, splits * C, H, W).
+            weight, bias = (s.repeat(self.splits) for s in (self.weight, self.bias))
+            y = x.permute(0, 2, 3, 1).unflatten(0, (self.splits, -1)).movedim(0, 3).flatten(3).permute(0, 3, 1, 2)
+            y = F.batch_norm(y, means.view(-1), variances.view(-1), weight, bias, True, self.momentum, self.eps)
+            y = y.permute(0, 2, 3, 1).unflatten(3, (self.splits, -1)).movedim(3, 0).flatten(0, 1).permute(0, 3, 1, 2)
+        else:
+            sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]
+            y = torch.cat([F.batch_norm(group, *own, self.weight, self.bias, True, self.momentum, self.eps)
+                           for group, *own in zip(x.split(sizes), means, variances, strict=True)])
         self.running_mean.copy_(means.mean(dim=0))
         self.running_var.copy_(variances.mean(dim=0))
         self.num_batches_tracked.add_(1)
-        return torch.cat(groups)
+        return y
 
 
 def split_batch_norm(module, splits):
     """Replace every BatchNorm2d inside by a SplitBatchNorm with the same weights and statistics; in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            split = SplitBatchNorm(child.num_features, splits)
-            split.load_state_dict(child.state_dict())
-            setattr(module, name, split)
+            setattr(module, name, SplitBatchNorm(child.num_features, splits))
+            getattr(module, name).load_state_dict(child.state_dict())
         else:
             split_batch_norm(child, splits)
     return module

@@ -616,7 +616,8 @@ def main(argv=None):
     parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of both")
     parser.add_argument("--steps", type=number(int, low=1), default=None,
                         help="of both: a turn (default: 20; 5 if --quick)")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of both")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
+                        help="of both")
     parser.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), metavar="MODE",
                         help="of training: with torch.compile, its time left out; reduce-overhead: with CUDA graphs")
     parser.add_argument("--json", metavar="FILE", type=json_file, help="also write the seconds of every turn here")

@@ -51,6 +51,8 @@ def open_run(args, recipes, **derived):
 def set_up(args):
     """-> device, autocast and gradient scaler of the flags; random generators seeded, processes joined."""
     device = distributed.join(args.device)
+    if device.type == "cuda":
+        torch.set_num_threads(1)  # what is left for the host is small: waking threads takes longer than doing it
     if args.amp == "auto" and device.type == "cpu":  # what is measured here holds for all processes, and once resumed
         width = args.width or flags.SHAPES["toy" if args.data == "toy" else "photos"]["width"]
         args.bf16_gain = distributed.same(common.bf16_gain(width) if distributed.is_main() else None)
@@ -110,8 +112,6 @@ class Run:
         self.model, self.optimizer, lr = model, optimizer, optimizer.param_groups[0]["lr"]
         best = restore(self) if self.saved else None
         write_buffers(optimizer, self.scaler)
-        if self.device.type == "cuda":
-            torch.set_num_threads(1)  # what is left for the host is small: waking threads takes longer than doing it
         self.began = self.worked = time.perf_counter()  # worked: till when it did no evaluation
         self.figures = Figures(watchful=self.device.type == "cpu")
         if distributed.is_main():
