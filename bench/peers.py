@@ -67,9 +67,8 @@ RECIPES = {
     "simsiam": dict(lr=0.06, weight_decay=5e-4),
     "rotnet": dict(lr=0.2, weight_decay=5e-4),
 }
-# lightly has SimCLR's crops for MoCo, too.
-OURS = {"simclr": dict(optimizer="sgd", lr_scaling="linear", min_crop=0.08, grey=0.2), "simsiam": {},
-        "moco": dict(head="mlp", min_crop=0.08), "rotnet": dict(schedule="cosine")}
+OURS = {"simclr": dict(optimizer="sgd", lr_scaling="linear", min_crop=0.08, grey=0.2), "moco": dict(head="mlp"),
+        "simsiam": {}, "rotnet": dict(schedule="cosine")}
 
 
 # ------------------------------------------------------------------------------------------------
