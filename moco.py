@@ -190,9 +190,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if augment.all_at_once(x) and len(x) % self.splits == 0:
             # A GPU is asked once for all groups, which stand side by side as channels: (n, splits * C, H, W).
             weight, bias = (s.repeat(self.splits) for s in (self.weight, self.bias))
-            y = x.permute(0, 2, 3, 1).unflatten(0, (self.splits, -1)).movedim(0, 3).flatten(3).permute(0, 3, 1, 2)
-            y = F.batch_norm(y, means.view(-1), variances.view(-1), weight, bias, True, self.momentum, self.eps)
-            y = y.permute(0, 2, 3, 1).unflatten(3, (self.splits, -1)).movedim(3, 0).flatten(0, 1).permute(0, 3, 1, 2)
+            y = F.batch_norm(torch.cat(x.chunk(self.splits), dim=1), means.view(-1), variances.view(-1), weight, bias,
+                             True, self.momentum, self.eps)
+            y = torch.cat(y.chunk(self.splits, dim=1))
         else:
             sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]
             y = torch.cat([F.batch_norm(group, *own, self.weight, self.bias, True, self.momentum, self.eps)

@@ -87,7 +87,7 @@ fi
 # Larger pictures; the other methods compiled; whole steps against bare ones, and the parts.
 try step-128 90 $python bench/run.py --quick --only training $at128 --steps $steps --json "$out/step-128.json"
 show step-128 9
-try compiled-32 240 $python bench/run.py --quick --only training $at32 --steps $steps --compile \
+try compiled-32 180 $python bench/run.py --quick --only training $at32 --steps $steps --compile \
     --methods simsiam moco rotnet --json "$out/compiled-32.json"
 show compiled-32 6
 try whole-32 60 $python bench/run.py --quick --only whole $at32 --steps $steps --json "$out/whole-32.json"

@@ -7,12 +7,13 @@ Peers       lightly   its SimCLR, MoCo v2 and SimSiam: its transforms, heads, lo
             plain     SimCLR and RotNet as commonly written in one file: torchvision's transforms on PIL images
             Both read a torch DataLoader. See bench/rivals.py for what differs from their sources.
 Same        the network (common.ResNet18, cifar stem) and its first weights, batch, number of images; SGD with momentum
-            0.9 (RotNet: Nesterov), learning rate, warm-up, cosine, weight decay; temperature, MoCo's queue and m
-            and, of ours and lightly, what the papers say of views and of the width of heads
-Own         how views are made, networks fed (SimCLR's views in one forward or in two) and heads normalised; the plain
-            files' views (crops from 0.2, grey 0.1) and head (1024); losses, and their precision: in bf16 the peers'
-            are computed in it, ours in float32. lightly's SimSiam has the cosine for its predictor too, ours keeps
-            that rate constant
+            0.9 (RotNet: Nesterov), learning rate, warm-up, cosine, weight decay; temperature, MoCo's queue and m; of
+            ours and lightly crops, grey and jitter (MoCo's crops from 0.08, as in its authors' notebook), and the width
+            of SimCLR's and MoCo's heads
+Own         how views are made, networks fed (SimCLR's views in one forward or in two) and heads normalised; plain
+            SimCLR's views (crops from 0.2, grey 0.1) and head (1024); losses, and their precision: in bf16 the peers'
+            are computed in it, ours in float32. lightly's SimSiam has a hidden layer of 2048 in its projector, ours one
+            as wide as the features, and the cosine for its predictor too, whose rate ours keeps
 speed       images/s of whole steps (data, views, forward, backward, optimiser), beside those of the bare network: ours,
             forward, backward and optimiser on a batch that is there. The sides take short turns. A peer's workers live
             in its turns only, and what they prepare before the clock runs is used up by then. float32; then the best of
@@ -21,8 +22,9 @@ accuracy    kNN (k 10 and 200) of the test split, from checkpoints, by the same 
             over: no minute has an evaluation in it, nor imports, nor the packing of pictures. One seed: differences of
             a point or two may be its luck
 
-The threads are those of OMP_NUM_THREADS; a peer's --workers are processes beside them, ours has none: `taskset -c`
-gives both sides the same cores. What harness/threads.py sets, the peers have too.
+The threads are those of OMP_NUM_THREADS, on a GPU one, once ours has had a turn; a peer's --workers are processes
+beside them, ours has none: `taskset -c` gives both sides the same cores. What harness/threads.py sets, the peers have
+too.
 
 --out has speed.json, accuracy.json, accuracy.png (with matplotlib) and the runs. What is complete there is not run
 again: the same command goes on where it was stopped, or killed, a training from its last checkpoint.
@@ -339,6 +341,7 @@ def parse_args(argv):
 def opened(args, device):
     """The file of the comparison and what it holds; raises UsageError where that has other flags."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE[args.comparison]}
+    settings |= {"recipes": RECIPES, "ours": OURS}
     settings["threads"], file = torch.get_num_threads(), Path(args.out) / f"{args.comparison}.json"
     if file.exists():
         record = json.loads(file.read_text())

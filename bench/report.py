@@ -103,7 +103,7 @@ def speed_table(record):
         whole, bare = (row["work"] / statistics.median(row[side]) for side in ("ours_seconds", "peer_seconds"))
         shares = (f"{100 * row['shares'][part]:.0f} %" for part in parts)
         lines.append(f"| {row['what']} | {whole:,.0f} | {bare:,.0f} | " + " | ".join(shares)
-                     + f" | {row['peak_megabytes'] / 1e3:.1f} GB |")
+                     + (f" | {peak / 1e3:.1f} GB |" if (peak := row["peak_megabytes"]) else " | not measured |"))
     return lines
 
 

@@ -28,19 +28,19 @@ def few_pictures(monkeypatch):
 
 
 def train(method, folder, *flags):
-    """The last row of the metrics of six steps, one and a half epochs."""
+    """The rows of the metrics of six steps: of an epoch of four, and of half another."""
     importlib.import_module(method).main([*SMALL, "--cache", str(folder / "cache"), "--out", str(folder / "run"),
                                           *map(str, flags)])
-    return read_metrics(folder / "run")[-1]
+    return read_metrics(folder / "run")
 
 
 @pytest.mark.parametrize("compiled", [(), ("--compile",)], ids=["", "compiled"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_that_of_a_cpu(method, compiled, tmp_path):
     """Views, weights and steps are the same; bf16, TF32 and --compile are less exact, but no more than that."""
-    on = {device: train(method, tmp_path / device, "--device", device, *flags)
+    on = {device: train(method, tmp_path / device, "--device", device, *flags)[0]
           for device, flags in {"cpu": ["--amp", "off"], "cuda": compiled}.items()}
-    assert on["cuda"]["loss"] == pytest.approx(on["cpu"]["loss"], rel=0.03)
+    assert on["cuda"]["loss"] == pytest.approx(on["cpu"]["loss"], rel=0.01, abs=0.002)
     log = (tmp_path / "cuda/run/log.txt").read_text()
     assert "bf16" in log or "fp16" in log
     assert "does not work" not in log
@@ -48,11 +48,11 @@ def test_the_loss_is_that_of_a_cpu(method, compiled, tmp_path):
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_stopped_and_resumed(amp, tmp_path):
-    whole = train("moco", tmp_path / "whole", "--device", "cuda", "--amp", amp)
-    train("moco", tmp_path, "--device", "cuda", "--amp", amp, "--max-steps", 3)
-    importlib.import_module("moco").main(["--resume", str(tmp_path / "run"), "--max-steps", "6", "--quiet"])
+    whole = train("simclr", tmp_path, "--device", "cuda", "--amp", amp, "--keep-every", 1)[-1]
+    importlib.import_module("simclr").main(["--resume", str(tmp_path / "run/epoch-0001.pt"), "--quiet"])
     row = read_metrics(tmp_path / "run")[-1]
-    assert row["step"] == whole["step"] == 6 and row["loss"] == pytest.approx(whole["loss"], rel=0.01)
+    assert row["step"] == whole["step"] == 6 and row["loss"] == pytest.approx(whole["loss"], rel=0.002)
+    assert "resumes at step 4" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -99,4 +99,4 @@ def test_what_a_gpu_trained_is_read_anywhere(flags, tmp_path, capsys):
             ["--checkpoint", str(tmp_path / "run"), *flags, "--max-steps", "3", "--device", device, "--quiet",
              "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / device)])
     knn.main(["--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--cache", str(tmp_path / "cache")])
-    assert "kNN" in capsys.readouterr().out
+    assert "top-1" in capsys.readouterr().out
