@@ -23,7 +23,7 @@ docs: .venv/installed
 site: .venv/extras docs
 	.venv/bin/python docs/page.py
 
-# The pictures of README.md and docs/, three runs on the drawn set of a minute or more on a CPU; one from results/.
+# The pictures of README.md and docs/, three runs on the drawn set of a minute or more on a CPU; two from results/.
 IMAGES := docs/images
 DRAWN := runs/pictures-$(shell date +%Y%m%d-%H%M%S)
 pictures: .venv/extras
@@ -33,8 +33,8 @@ pictures: .venv/extras
 	    --map $(DRAWN)/map.png
 	.venv/bin/python -c 'import sys; from PIL import Image; Image.open(sys.argv[1]).reduce(2).quantize(96).save(sys.argv[2], \
 	    optimize=True)' $(DRAWN)/map.png $(IMAGES)/map.png  # a tenth of its bytes
-	.venv/bin/python plot.py $(DRAWN)/simclr --only knn --labels SimCLR --out $(IMAGES)/knn.png
 	.venv/bin/python bench/report.py --peers-png $(IMAGES)/peers.png
+	.venv/bin/python bench/report.py --labels-png $(IMAGES)/labels.png
 	.venv/bin/python simsiam.py --amp off --out $(DRAWN)/simsiam
 	.venv/bin/python simsiam.py --no-stop-gradient --amp off --out $(DRAWN)/collapsed
 	.venv/bin/python plot.py $(DRAWN)/simsiam $(DRAWN)/collapsed --only loss std knn rank \
