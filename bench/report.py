@@ -37,6 +37,7 @@ FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
           "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes",
           "linear": "linear.py"}
+METHODS = {"simsiam": "SimSiam", "moco": "MoCo", "simclr": "SimCLR", "rotnet": "RotNet"}
 
 
 def without_seed(name):
@@ -88,8 +89,8 @@ def peers_table(record):
     """Lines of Markdown: of each side of a comparison the untrained network, and the last point."""
     lines = ["| | images | minutes | kNN, k 10: untrained, trained | k 200 |", "|---" * 5 + "|"]
     for side, rows in record["results"].items():
-        first, last = rows[0], rows[-1]
-        lines.append(f"| {side.replace('-ours', ', this project').replace('-', ', ')} | "
+        first, last, (method, who) = rows[0], rows[-1], side.split("-")
+        lines.append(f"| {METHODS[method]}, {who.replace('ours', 'this project')} | "
                      f"{last['step'] * record['settings']['batch_size']:,} | {last['seconds'] / 60:.1f} | "
                      f"{first['knn_10']:.1f}, {last['knn_10']:.1f} | {last['knn_200']:.1f} |")
     return lines
@@ -160,7 +161,7 @@ def peers_chart(results, file):
             axes.plot([row["seconds"] / 60 for row in rows], [row["knn_10"] for row in rows], marker="o", markersize=3,
                       label=side.split("-")[1].replace("ours", "this project"))
         axes.axhline(next(iter(sides.values()))[0]["knn_10"], color="0.5", linestyle=":", label="untrained")
-        axes.set_title(method, loc="left", fontsize=10)
+        axes.set_title(METHODS[method], loc="left", fontsize=10)
         axes.set(xlabel="minutes of training", ylabel="kNN, k 10, %")
         axes.legend(frameon=False)
     figure.savefig(file)

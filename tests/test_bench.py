@@ -216,7 +216,7 @@ def test_a_comparison_is_a_table_and_a_chart(tmp_path):
               dict(step=100, seconds=90.0, knn_10=50.0, knn_200=49.0)]
     record = {"settings": {"batch_size": 256}, "results": {"simclr-ours": points, "simclr-lightly": points}}
     assert report.peers_table(record)[2:] == [
-        f"| simclr, {side} | 25,600 | 1.5 | 28.0, 50.0 | 49.0 |" for side in ("this project", "lightly")]
+        f"| SimCLR, {side} | 25,600 | 1.5 | 28.0, 50.0 | 49.0 |" for side in ("this project", "lightly")]
     pytest.importorskip("matplotlib")
     report.peers_chart(record["results"], tmp_path / "peers.png")
     rows = [dict(name=f"labels-{way}-{share}-s0", linear=share, code=0) for way in ("scratch", "probe")
