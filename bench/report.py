@@ -85,10 +85,16 @@ def table(rows, columns):
     return lines
 
 
+def in_order(results):
+    """The sides of a comparison, {"simclr-ours": its points, ...}: method by method, this project first."""
+    return dict(sorted(results.items(), key=lambda one: (list(METHODS).index(one[0].split("-")[0]),
+                                                         not one[0].endswith("-ours"))))
+
+
 def peers_table(record):
     """Lines of Markdown: of each side of a comparison the untrained network, and the last point."""
     lines = ["| | images | minutes | kNN, k 10: untrained, trained | k 200 |", "|---" * 5 + "|"]
-    for side, rows in record["results"].items():
+    for side, rows in in_order(record["results"]).items():
         first, last, (method, who) = rows[0], rows[-1], side.split("-")
         lines.append(f"| {METHODS[method]}, {who.replace('ours', 'this project')} | "
                      f"{last['step'] * record['settings']['batch_size']:,} | {last['seconds'] / 60:.1f} | "
@@ -153,6 +159,7 @@ def panels(count):
 
 def peers_chart(results, file):
     """kNN against minutes, a panel a method. results: of bench/peers.py accuracy, {"simclr-ours": its points, ...}."""
+    results = in_order(results)
     methods = list(dict.fromkeys(side.split("-")[0] for side in results))
     figure, all_axes = panels(len(methods))
     for method, axes in zip(methods, all_axes, strict=True):
