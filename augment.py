@@ -94,14 +94,14 @@ def _constant(values, device, *shape):
     return torch.tensor(values, dtype=torch.float32, device=device).view(shape)
 
 
-def all_at_once(x):
+def _all_at_once(x):
     """Whether an operation is asked for once for all images; else for those alone that it changes."""
     return x.device.type != "cpu"
 
 
 def _chunks(n, images):
     """Slices that cover 0..n, about equally long, of images that fit a CPU's cache; one of all images elsewhere."""
-    most = n if all_at_once(images) else max(1, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
+    most = n if _all_at_once(images) else max(1, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
     step = math.ceil(n / math.ceil(n / most)) if n else 1
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
@@ -122,7 +122,7 @@ def _replace(x, which, function, *values):
 
 def _where(x, which, function):
     """function(x) for the images that `which`, (N,) bool on the host, says; the others as they are. May change x."""
-    if all_at_once(x):
+    if _all_at_once(x):
         return torch.where(send(which.view(-1, 1, 1, 1), x.device), function(x), x)
     return _replace(x, which, function)
 
@@ -177,7 +177,7 @@ def _crop(images, boxes, size, interpolation):
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     out = torch.empty(n, 3, size, size, device=images.device)
-    function = _crop_together if side <= SMALL or all_at_once(images) else _crop_singly
+    function = _crop_together if side <= SMALL or _all_at_once(images) else _crop_singly
     with torch.autocast(images.device.type, enabled=False):                 # bf16's 8 bits would spoil the picture
         for s in _chunks(n, images):
             function(images[s], boxes[s], out[s], interpolation)
@@ -328,7 +328,7 @@ SLOT_BASES, HUE_PLACE = BASES[SLOTS[:, :6]], torch.tensor([*PLACES, 4])         
 
 def _blend(x, own, mean, out):
     """out = a blend of x, both (n, 3, pixels), by the two halves of its matrices, (n, 3, 3) each. Returns out."""
-    if all_at_once(x) or mean.any():            # the mean over the image, which only contrast looks at
+    if _all_at_once(x) or mean.any():            # the mean over the image, which only contrast looks at
         torch.baddbmm(torch.bmm(mean, x.mean(2, keepdim=True)), own, x, out=out)
     else:
         torch.bmm(own, x, out=out)
@@ -385,7 +385,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=1.0, generator=None
     if p == 0:
         return x
     with torch.autocast(x.device.type, enabled=False):
-        if all_at_once(x):
+        if _all_at_once(x):
             return _jitter(3, 3, hue > 0, x, *(send(v, x.device) for v in values))
         for place in range(4):              # images whose hue comes at the same place go together, without empty slots
             _replace(x, HUE_PLACE[order] == place, functools.partial(_jitter, place, 3 - place, hue > 0), *values)
@@ -439,7 +439,7 @@ def blur(x, sigma, kernel_size):
     t = _constant(range(-radius, radius + 1), x.device, kernel_size)
     taps = (-0.5 * (t / sigma.clamp(min=1e-6)[:, None]) ** 2).softmax(dim=1)                # (n, taps)
     taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
-    block = min(height, width) if all_at_once(x) else min(height, width, BLOCK)
+    block = min(height, width) if _all_at_once(x) else min(height, width, BLOCK)
     reach = block + 2 * radius
     matrix = F.pad(taps, (block - 1, block - 1)).unfold(1, reach, 1).flip(1)                # (n, block, reach)
     lines = F.pad(x, [radius] * 4, mode="reflect").view(n, -1, width + 2 * radius)
@@ -471,7 +471,7 @@ def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, 
     coin, u = u.float().unbind(1)
     sigmas = torch.where(coin < p, sigma[0] + (sigma[1] - sigma[0]) * u, 0.0)
     with torch.autocast(x.device.type, enabled=False):
-        return blurred(x, send(sigmas, x.device)) if all_at_once(x) else _replace(x, sigmas > 0, blurred, sigmas)
+        return blurred(x, send(sigmas, x.device)) if _all_at_once(x) else _replace(x, sigmas > 0, blurred, sigmas)
 
 
 def normalize(x, mean, std):

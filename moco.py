@@ -187,13 +187,13 @@ class SplitBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"{len(x)} images cannot be split into {self.splits} BatchNorm groups")
         # Every group moves its own copy of the running statistics; what is kept is the mean of the copies.
         means, variances = (s.repeat(self.splits, 1) for s in (self.running_mean, self.running_var))  # (splits, C)
-        if augment.all_at_once(x) and len(x) % self.splits == 0:
-            # A GPU is asked once for all groups, which stand side by side as channels: (n, splits * C, H, W).
+        if len(x) % self.splits == 0:
+            # One call for all groups, which stand side by side as channels: (n, splits * C, H, W).
             weight, bias = (s.repeat(self.splits) for s in (self.weight, self.bias))
             y = F.batch_norm(torch.cat(x.chunk(self.splits), dim=1), means.view(-1), variances.view(-1), weight, bias,
                              True, self.momentum, self.eps)
             y = torch.cat(y.chunk(self.splits, dim=1))
-        else:
+        else:  # of two sizes, as those of x.tensor_split(splits), whose backward is slow
             sizes = [(len(x) + i) // self.splits for i in reversed(range(self.splits))]
             y = torch.cat([F.batch_norm(group, *own, self.weight, self.bias, True, self.momentum, self.eps)
                            for group, *own in zip(x.split(sizes), means, variances, strict=True)])

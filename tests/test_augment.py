@@ -25,7 +25,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def both(request, monkeypatch):
     """A test that asks for this runs twice: as on a CPU, and on the CPU as on an accelerator."""
     if request.param == "accelerator":
-        monkeypatch.setattr(augment, "all_at_once", lambda x: True)
+        monkeypatch.setattr(augment, "_all_at_once", lambda x: True)
 
 
 def generator(seed=0):
@@ -418,7 +418,7 @@ def test_an_accelerator_gives_a_cpus_views(name, monkeypatch):
     small, large = images(30, 16), (images(5, 80) * 255).byte()
     draw = lambda x: RANDOM[name](x, common.Draws(5, 1))  # noqa: E731
     expected, larger = draw(small), draw(large)
-    monkeypatch.setattr(augment, "all_at_once", lambda x: True)
+    monkeypatch.setattr(augment, "_all_at_once", lambda x: True)
     assert_close(draw(small), expected)
     assert_close(draw(large), larger, atol=1.001 / 255 if name == "random_resized_crop" else 1e-5)
 
@@ -612,7 +612,7 @@ def test_a_compiled_view_is_the_same_and_is_not_compiled_again(monkeypatch):
         x = augment.random_grayscale(x, generator=generator, inplace=True)
         return augment.normalize(augment.gaussian_blur(x, generator=generator, inplace=True), MEAN, STD)
 
-    monkeypatch.setattr(augment, "all_at_once", lambda x: True)
+    monkeypatch.setattr(augment, "_all_at_once", lambda x: True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch.compiler.reset()
     x, aspect = (images(8) * 255).byte(), torch.tensor([1.0, 1.5] * 4)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import augment
 import common
 import harness
 import moco
@@ -162,10 +161,8 @@ def test_forward_equals_plain_networks_on_separate_devices(head):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, sizes, at_once", [(12, [3, 3, 3, 3], False), (10, [3, 3, 2, 2], False),
-                                                  (12, [3, 3, 3, 3], True), (10, [3, 3, 2, 2], True)])
-def test_split_batch_norm_equals_loops_over_groups(rows, sizes, at_once, monkeypatch):
-    monkeypatch.setattr(augment, "all_at_once", lambda x: at_once)  # as on a GPU
+@pytest.mark.parametrize("rows, sizes", [(12, [3, 3, 3, 3]), (10, [3, 3, 2, 2])])
+def test_split_batch_norm_equals_loops_over_groups(rows, sizes):
     torch.manual_seed(0)
     layer = moco.SplitBatchNorm(5, 4).double()
     torch.nn.init.normal_(layer.weight)
