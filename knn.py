@@ -521,7 +521,8 @@ def main(argv=None):
     measured = chosen is not dataset.train and len(queries) > 0 and len(bank) > 0 and len(dataset.classes) > 1
     if not measured:
         if not (args.neighbours or args.map or args.features):
-            other = "--split test has them, " if args.split == "val" and source.splits.get("test") else ""
+            test = source.splits.get("test")
+            other = "--split test has them; " if args.split == "val" and test and test.counts[0] else ""
             raise common.UsageError(f"--data: kNN needs labelled training and labelled {args.split} images, of two "
                                     f"classes; {other}--neighbours PNG shows neighbours without, --map PNG all on a "
                                     "plane")

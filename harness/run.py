@@ -52,7 +52,7 @@ def set_up(args):
     """-> device, autocast and gradient scaler of the flags; random generators seeded, processes joined."""
     device = distributed.join(args.device)
     if device.type == "cuda":
-        torch.set_num_threads(1)  # what is left for the host is small: waking threads takes longer than doing it
+        torch.set_num_threads(1)  # what is left for the host is small operations: none that many threads could share
     if args.amp == "auto" and device.type == "cpu":  # what is measured here holds for all processes, and once resumed
         width = args.width or flags.SHAPES["toy" if args.data == "toy" else "photos"]["width"]
         args.bf16_gain = distributed.same(common.bf16_gain(width) if distributed.is_main() else None)

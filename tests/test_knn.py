@@ -272,13 +272,17 @@ def test_neighbours_of_few_and_of_partly_labelled_pictures(place, capsys):
     assert "--split test: this data has no test images" in capsys.readouterr().err
 
 
-def test_the_queries_are_those_of_the_run(tmp_path, monkeypatch, capsys):
-    for split, count in (("train", 96), ("test", 32)):
-        monkeypatch.setitem(pictures.TOY_COUNT, split, count)
-    simsiam.main(["--knn-split", "test", "--width", "4", "--batch-size", "16", "--max-steps", "1", "--amp", "off",
-                  "--quiet", "--cache", str(tmp_path), "--out", str(tmp_path / "run")])
-    knn.main(["--checkpoint", str(tmp_path / "run"), "--k", "5"])
-    assert "32 test images against 96 training images" in capsys.readouterr().out
+def test_the_queries_are_those_of_the_run(place, capsys):
+    for split in ("train", "test"):
+        for i in range(12):
+            place(f"set/{split}/{i % 2}/{i}.png", 20 * i)
+    simsiam.main(["--data", "set", "--knn-split", "test", "--image-size", "16", "--width", "4", "--batch-size", "4",
+                  "--max-steps", "1", "--amp", "off", "--quiet", "--out", "run"])
+    knn.main(["--checkpoint", "run", "--k", "5"])
+    assert "12 test images against 12 training images" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # other images may have a val split
+        knn.main(["--checkpoint", "run", "--data", "set", "--k", "5"])
+    assert "labelled val images, of two classes; --split test has them; --neigh" in capsys.readouterr().err
 
 
 def run(*flags):
