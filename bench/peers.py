@@ -48,7 +48,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from report import peers_chart  # noqa: E402
+from report import peers_chart, peers_speeds  # noqa: E402
 from rivals import PEERS, SIZE, Peer, bn_groups  # noqa: E402
 from run import METHODS, optional, parts_of_a_step  # noqa: E402
 from runs import commit, exit_code, machine  # noqa: E402
@@ -167,21 +167,12 @@ def seconds_in_turns(pair, args, dataset, device, amp):
     return times
 
 
-def print_speed(results, args):
+def print_speed(record):
     print(f"\n{'images/s, medians':<30}{'bare':>7}{'ours':>7}{'peer':>7}  ours/bare ours/peer")
-    for pair, by_amp in results.items():
-        table = [(f"{pair}, float32", {side: ("", by_amp["off"][side]) for side in ("bare", "ours", "peer")})]
-        every = [(f"{amp.replace('off', 'float32')}{name.removeprefix('peer')}", name, times)
-                 for amp, sides in by_amp.items() for name, times in sides.items()]
-        best = {side: min(((how, times) for how, name, times in every if name.startswith(side)),
-                          key=lambda one: statistics.median(one[1])) for side in ("bare", "ours", "peer")}
-        table.append((f"  best: {best['peer'][0]}", best))
-        for what, sides in table:
-            bare, ours, peer = (statistics.median(sides[side][1]) for side in ("bare", "ours", "peer"))
-            ratios = [b / a for a, b in zip(sides["ours"][1], sides["peer"][1], strict=True)]
-            rates = "".join(f"{args.batch_size / seconds:7,.0f}" for seconds in (bare, ours, peer))
-            print(f"{what:<30}{rates}{bare / ours:11.2f}{statistics.median(ratios):6.2f}"
-                  f" ({min(ratios):.2f}-{max(ratios):.2f})")
+    for pair, how, rates, share, ratios in peers_speeds(record):
+        what = f"{pair}, {how}" if how == "float32" else f"  {how}"
+        print(f"{what:<30}" + "".join(f"{rates[side]:7,.0f}" for side in ("bare", "ours", "peer"))
+              + f"{share:11.2f}{statistics.median(ratios):6.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -383,7 +374,10 @@ def main(argv=None):
             record["results"][side], record["places"][side] = measure(side, args, dataset, device), place()
             save(file, json.dumps(record, indent=1).encode())
     results = {side: record["results"][side] for side in sides}
-    {"speed": print_speed, "accuracy": print_accuracy}[args.comparison](results, args)
+    if args.comparison == "speed":
+        print_speed({**record, "results": results})
+    else:
+        print_accuracy(results, args)
     if len(places := {record["places"][side] for side in sides}) > 1:
         print("not all in one place, so minutes do not compare:", *sorted(places), sep="\n  ")
     if args.comparison == "accuracy" and optional("matplotlib"):

@@ -11,8 +11,8 @@ A table stands below its recipe, a comment: rows of bench/runs.py (of these name
     <!-- end -->
 
 A single figure, the mean alone, stands between `<!-- figure results/toy.jsonl simsiam knn -->` and `<!-- end -->`; the
-end of each side of a comparison below `<!-- peers results/peers.json -->`, a copy of bench/peers.py's accuracy.json;
-the medians of `bench/run.py --only training --json FILE` below `<!-- speed FILE -->`.
+end of each side of a comparison below `<!-- peers results/peers.json -->`, accuracies of bench/peers.py; its speed.json
+or the medians of `bench/run.py --only training --json FILE` below `<!-- speed FILE -->`.
 Runs whose names differ only in a last "-s0", "-s1", ... are seeds of one row: mean (min to max).
 `flags` are those that not all rows of the table share; the shared ones stand below it.
 """
@@ -102,8 +102,38 @@ def peers_table(record):
     return lines
 
 
+def peers_speeds(record):
+    """[(pair, settings, {side: images/s}, ours/bare, ours/peer in each turn)] of bench/peers.py speed; the sides are
+    "bare", "ours" and "peer", in float32, then each at its best."""
+    rows = []
+    for pair, by_precision in record["results"].items():
+        every = [(f"{amp.replace('off', 'float32')}{name.removeprefix('peer')}", name, seconds)
+                 for amp, sides in by_precision.items() for name, seconds in sides.items()]
+        plain = {name: ("float32", seconds) for name, seconds in by_precision["off"].items()}
+        best = {side: min(((how, seconds) for how, name, seconds in every if name.startswith(side)),
+                          key=lambda one: statistics.median(one[1])) for side in ("bare", "ours", "peer")}
+        for how, sides in (("float32", plain), (f"best: {best['peer'][0]}", best)):
+            rates = {side: record["settings"]["batch_size"] / statistics.median(sides[side][1]) for side in best}
+            ratios = [b / a for a, b in zip(sides["ours"][1], sides["peer"][1], strict=True)]
+            rows.append((pair, how, rates, rates["ours"] / rates["bare"], ratios))
+    return rows
+
+
+def peers_speed_table(record):
+    """Lines of Markdown."""
+    lines = ["| | settings | network alone | this project | of it | peer | ours/peer (turns) |", "|---" * 7 + "|"]
+    for pair, how, rates, share, ratios in peers_speeds(record):
+        method, who = pair.split("-")
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| {METHODS[method]}, {who} | {how} | {rates['bare']:,.0f} | {rates['ours']:,.0f} | "
+                     f"{100 * share:.0f} % | {rates['peer']:,.0f} | {ratio} |")
+    return lines
+
+
 def speed_table(record):
     """Lines of Markdown: of each method images/s, those of the network alone, and the shares of a step."""
+    if "results" in record:
+        return peers_speed_table(record)
     parts = ("network", "views", "loss", "optimizer")
     lines = ["| | images/s | network alone | " + " | ".join(parts) + " | peak memory |", "|---" * 8 + "|"]
     for row in record["rows"]:

@@ -217,6 +217,14 @@ def test_a_comparison_is_a_table_and_a_chart(tmp_path):
     record = {"settings": {"batch_size": 256}, "results": {"simclr-ours": points, "simclr-lightly": points}}
     assert report.peers_table(record)[2:] == [
         f"| SimCLR, {side} | 25,600 | 1.5 | 28.0, 50.0 | 49.0 |" for side in ("this project", "lightly")]
+    sides = {"bare": [4.0] * 3, "ours": [5.0, 5.0, 2.0], "peer": [10.0, 8.0, 8.0], "peer, channels_last": [8.0] * 3}
+    speed = {"settings": {"batch_size": 40}, "results": {"moco-lightly": {"off": sides}}}
+    assert report.speed_table(speed)[2:] == [  # medians 4, 5 and 8 seconds; the least and the greatest of three ratios
+        "| MoCo, lightly | float32 | 10 | 8 | 80 % | 5 | 2.00 (1.60 to 4.00) |",
+        "| MoCo, lightly | best: float32 | 10 | 8 | 80 % | 5 | 2.00 (1.60 to 4.00) |"]
+    sides["peer, channels_last"][1:] = [7.0, 7.0]
+    assert report.speed_table(speed)[3] == (
+        "| MoCo, lightly | best: float32, channels_last | 10 | 8 | 80 % | 6 | 1.60 (1.40 to 3.50) |")
     pytest.importorskip("matplotlib")
     report.peers_chart(record["results"], tmp_path / "peers.png")
     rows = [dict(name=f"labels-{way}-{share}-s0", linear=share, code=0) for way in ("scratch", "probe")
