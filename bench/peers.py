@@ -50,7 +50,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from report import peers_chart, peers_speeds  # noqa: E402
 from rivals import PEERS, SIZE, Peer, bn_groups  # noqa: E402
-from run import METHODS, optional, parts_of_a_step  # noqa: E402
+from run import METHODS, now, optional, parts_of_a_step  # noqa: E402
 from runs import commit, exit_code, machine  # noqa: E402
 from torch.utils.data import RandomSampler  # noqa: E402
 
@@ -100,12 +100,6 @@ def first_backbone(method, args):
 def peer_of(pair, args, *rest):
     method = pair.split("-")[0]
     return Peer(pair, first_backbone(method, args), RECIPES[method], args, *rest)
-
-
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def fast_precision(args, device):

@@ -83,12 +83,17 @@ def optional(name):
         return None
 
 
-def seconds(work, device):
-    start = time.perf_counter()
-    work()
+def now(device):
+    """The clock, once the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
+
+
+def seconds(work, device):
+    start = now(device)
+    work()
+    return now(device) - start
 
 
 def compare(sides, rounds, device):
@@ -152,9 +157,6 @@ class Report:
             print(textwrap.fill(words, 79, initial_indent="    ", subsequent_indent="    "), flush=True)
             self.rows.append({"section": "host", "what": f"{what}, {name}", "operations": dict(counts)})
 
-    def note(self, text):
-        print(f"    {text}", flush=True)
-
     @staticmethod
     def figure(times, work, unit):
         taken = statistics.median(times)
@@ -208,7 +210,7 @@ def measure_views(report, rounds, device, batches=4):
                          "PIL": lambda f=theirs, x=pictures: [f(x) for _ in range(batches)]}, rounds, host)
         copies = peak_megabytes(lambda f=ours, x=images: f(x), host) / (batch * 3 * size * size * 4 / 1e6)
         report.row("views", f"views {size} px{', blur' if blur else ''}", times, batches * batch, "/s", copies=copies)
-        report.note(f"peak memory {copies:.1f} float copies of the views")
+        print(f"    peak memory {copies:.1f} float copies of the views", flush=True)
 
 
 def draw_jpegs(folder, count, side, finest):
@@ -384,33 +386,29 @@ def seconds_of_a_step(module, flags, warm, steps, device):
     def watched(run):
         for batch in plain(run):
             if run.step in (warm, warm + steps):
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                marks.append(time.perf_counter())
+                marks.append(now(device))
             yield batch
 
-    Run.steps = watched
-    try:
+    with mock.patch.object(Run, "steps", watched):
         module.main([str(flag) for flag in flags])
-    finally:
-        Run.steps = plain
     return (marks[1] - marks[0]) / steps
 
 
-def training_flags(size, batch, width, stem, steps, device, cache):
-    return ["--data", "toy", "--image-size", size, "--batch-size", batch, "--width", width, "--stem", stem,
-            "--max-steps", steps, "--knn-every", 0, "--quiet", "--device", device.type, "--cache", cache]
+def training_flags(given, steps, device, cache):
+    """given: this program's flags."""
+    return ["--data", "toy", "--image-size", given.size, "--batch-size", given.batch, "--width", given.width, "--stem",
+            given.stem, "--max-steps", steps, "--knn-every", 0, "--quiet", "--device", device.type, "--cache", cache]
 
 
-def measure_training(report, rounds, device, methods=METHODS, size=32, batch=64, width=16, stem="cifar", steps=20,
-                     compile=False):
-    warm, autocast = 5, common.pick_precision("auto", device, width)[0]
+def measure_training(report, rounds, device, given):
+    warm, steps, batch = 5, given.steps, given.batch
+    autocast = common.pick_precision("auto", device, given.width)[0]
     last = warm + steps + 1  # begins when the one before it is done, and takes the end of the run
     pictures.TOY_COUNT["train"] = batch * last  # one epoch: no pause in between
     with tempfile.TemporaryDirectory() as folder:
-        for method in methods:
+        for method in given.methods:
             module = METHODS[method]
-            flags = [*training_flags(size, batch, width, stem, last, device, folder), *["--compile"] * compile]
+            flags = [*training_flags(given, last, device, folder), *["--compile"] * bool(given.compile)]
             times, peak = {"ours": []}, None
             for turn in range(min(rounds, 5)):
                 if device.type == "cuda":
@@ -426,7 +424,7 @@ def measure_training(report, rounds, device, methods=METHODS, size=32, batch=64,
                 for name, part in parts.items():
                     taken = seconds(lambda part=part: [part() for _ in range(steps)], device) / steps
                     times.setdefault(name, []).append(taken)
-            report_training(report, f"{method} {size} px, bs {batch}, w {width}", times, batch, peak)
+            report_training(report, f"{method} {given.size} px, bs {batch}, w {given.width}", times, batch, peak)
 
 
 def report_training(report, what, times, batch, peak):
@@ -435,8 +433,8 @@ def report_training(report, what, times, batch, peak):
               for name, part in times.items() if name != "ours"}
     report.row("training", what, {name: times[name] for name in ("ours", "network")}, batch, "/s", parts=times,
                shares=shares, peak_megabytes=peak)
-    report.note(", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-                + f", rest {1 - sum(shares.values()):.1%}" + (f"; peak {peak:,.0f} MB" if peak else ""))
+    print("    " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+          + f", rest {1 - sum(shares.values()):.1%}" + (f"; peak {peak:,.0f} MB" if peak else ""), flush=True)
 
 
 def paired_steps(method, module, flags, warm, device):
@@ -455,33 +453,28 @@ def paired_steps(method, module, flags, warm, device):
             if batch is None:
                 return
             yield batch
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            whole = time.perf_counter() - start
+            whole = now(device) - start
             parts.update(parts or parts_of_a_step(method, module, run.args, run.device, run.autocast, batch[0]))
             alone = seconds(bare, device)
             if run.step >= warm:
                 times["ours"].append(whole)
                 times["network"].append(alone)
 
-    Run.steps = watched
-    try:
+    with mock.patch.object(Run, "steps", watched):
         module.main([str(flag) for flag in flags])
-    finally:
-        Run.steps = plain
     return times
 
 
-def measure_whole(report, rounds, device, methods=METHODS, size=32, batch=64, width=16, stem="cifar", steps=20):
+def measure_whole(report, rounds, device, given):
     warm = 5
-    pictures.TOY_COUNT["train"] = batch * (warm + steps)
+    pictures.TOY_COUNT["train"] = given.batch * (warm + given.steps)
     with tempfile.TemporaryDirectory() as folder:
-        for method in methods:
-            flags = training_flags(size, batch, width, stem, warm + steps, device, folder)
+        for method in given.methods:
+            flags = training_flags(given, warm + given.steps, device, folder)
             times = paired_steps(method, METHODS[method], [*flags, "--out", f"{folder}/{method}"], warm, device)
-            report.row("whole", f"{method}, whole step, w {width}", times, batch, "/s")
+            report.row("whole", f"{method}, whole step, w {given.width}", times, given.batch, "/s")
             outside = statistics.median(1 - b / a for a, b in zip(times["ours"], times["network"], strict=True))
-            report.note(f"outside of the network {outside:.1%}")
+            print(f"    outside of the network {outside:.1%}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -633,15 +626,10 @@ def main(argv=None):
     report, threads = Report(), torch.get_num_threads()
     for section in args.only:
         torch.set_num_threads(1 if section in ("views", "packing") else threads)
-        measure = SECTIONS[section]
-        if section in ("training", "whole"):
-            measure = functools.partial(measure, methods=args.methods, size=args.size, batch=args.batch,
-                                        width=args.width, stem=args.stem, steps=args.steps)
-        if section == "training":
-            measure = functools.partial(measure, compile=bool(args.compile))
+        more = (args,) if section in ("training", "whole") else ()
         with mock.patch.object(torch.nn.Module, "compile",
                                functools.partialmethod(torch.nn.Module.compile, mode=args.compile)):
-            measure(report, rounds, device)
+            SECTIONS[section](report, rounds, device, *more)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": name, "versions": versions, "rows": report.rows}, indent=1))
 

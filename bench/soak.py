@@ -8,7 +8,6 @@ left to finish. Weights, optimiser, queue, moving averages, random generators an
 On the CPU; some ten minutes on two cores. Exit code 1 if anything differs.
 """
 
-import argparse
 import os
 import random
 import signal
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402
 from harness.folder import read_metrics  # noqa: E402
+from harness.parser import Parser  # noqa: E402
 
 SMALL = ["--data", "pictures", "--width", "4", "--image-size", "16", "--stem", "cifar", "--batch-size", "16", "--knn-k",
          "20", "--amp", "off", "--device", "cpu", "--quiet", "--save-every", "0.004min"]
@@ -38,14 +38,6 @@ RUNS = {
 }
 SAME = ("epoch", "step", "loss", "lr", "knn", "std", "accuracy", "rotation", "val_rotation", "val_loss", "top1",
         "class_mean")
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="in all, shared among the programs (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
-    return parser.parse_args(argv)
 
 
 def draw_pictures(folder):
@@ -108,7 +100,11 @@ def differences(one, two, path=""):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30, help="in all, shared among the programs")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    args = parser.parse_args(argv)
     rng, share = random.Random(args.seed), -(-args.kills // len(args.only))
     total, bad, began = 0, 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
