@@ -187,20 +187,19 @@ def clock(seconds):
 class Progress:
     """One updating line: label, done/total, figures, rate, time left. Plain lines when piped.
 
-    total, first  units of work, and how many were done before; `unit` is what the rate counts, `per_step` of them
-                  a unit of work.
+    total, first  units of work, and how many were done before; per_step: images of one, which the rate counts.
     quiet         prints nothing.  show: what prints, with print's arguments.
     """
 
-    def __init__(self, total, label="", unit="images", quiet=False, per_step=1, first=0, show=print):
-        self.total, self.label, self.unit, self.quiet, self.per_step = total, label, unit, quiet, per_step
+    def __init__(self, total, label="", quiet=False, per_step=1, first=0, show=print):
+        self.total, self.label, self.quiet, self.per_step = total, label, quiet, per_step
         self.first, self.done, self.show, self.terminal = first, first, show, sys.stdout.isatty()
         self.began = self.printed = self.updated = time.perf_counter()
         self.every = 0.2 if self.terminal else 30.0  # seconds between prints
 
     @property
     def rate(self):
-        """Units a second up to the last update."""
+        """Images a second up to the last update."""
         return (self.done - self.first) * self.per_step / max(1e-9, self.updated - self.began)
 
     def update(self, done, **figures):
@@ -213,7 +212,7 @@ class Progress:
         for name, value in figures.items():
             words.append(f"{name} {value.avg if isinstance(value, AverageMeter) else value:.4g}")
         left = (self.total - done) * self.per_step / max(self.rate, 1e-9)
-        line = "  ".join([*words, f"{self.rate:,.0f} {self.unit}/s", f"{clock(left)} left"])
+        line = "  ".join([*words, f"{self.rate:,.0f} images/s", f"{clock(left)} left"])
         if self.terminal:
             line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
         self.show(line, end="" if self.terminal else "\n", flush=True)
@@ -299,10 +298,7 @@ class Draws:
 def pick_device(name="auto"):
     """"auto" takes cuda, then mps, then cpu. Raises UsageError for a device that is not there."""
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:

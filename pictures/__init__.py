@@ -19,11 +19,11 @@ Label       the position of the class in `classes`; -1 = unlabelled.
 from pictures.batches import Batches, Split, check_batch, labelled
 from pictures.decoding import decode, one_line
 from pictures.folders import Folder, foreign_pictures, no_images
-from pictures.sources import FOOD11, NAMED_DATA, STATISTICS, Items, lines_of, open_source
+from pictures.sources import FOOD11, NAMED_DATA, Items, lines_of, open_source
 from pictures.store import decode_all, pack
 from pictures.toy import TOY_COUNT
 
 __all__ = [
-    "Batches", "FOOD11", "Folder", "Items", "NAMED_DATA", "STATISTICS", "Split", "TOY_COUNT", "check_batch", "decode",
+    "Batches", "FOOD11", "Folder", "Items", "NAMED_DATA", "Split", "TOY_COUNT", "check_batch", "decode",
     "decode_all", "foreign_pictures", "labelled", "lines_of", "no_images", "one_line", "open_source", "pack",
 ]

@@ -157,7 +157,7 @@ def write_store(folder, items, size, label, quiet, workers):
     labels, names, chunks = items.load(size) if items.load else (items.labels, items.files, None)
     images, aspect, bad = create_images(folder, len(names), size), torch.ones(len(names)), {}
     steps = fill(images, chunks) if items.load else decode_all(names, images, aspect, bad, workers)
-    progress, done = Progress(len(names), label=label, unit="images", quiet=quiet), 0
+    progress, done = Progress(len(names), label=label, quiet=quiet), 0
     with contextlib.closing(progress), contextlib.closing(steps):
         for count in steps:
             done += count

@@ -21,6 +21,7 @@ import knn
 import linear
 import pictures as sets
 import predict
+from pictures.sources import STATISTICS
 
 COUNTS = {"train": (12, 20, 8), "val": (5, 9, 3), "test": (4, 2, 6)}
 CLASSES = ("ape", "bee", "cat")
@@ -252,7 +253,7 @@ def test_from_scratch_needs_no_run(pictures, tmp_path, monkeypatch, capsys):
     linear.main([*flags, "--width", "4", "--image-size", "16", "--max-steps", "1", "--out", str(tmp_path / "run")])
     saved = harness.load_checkpoint(tmp_path / "run/linear.pt")
     assert (saved["width"], saved["image_size"], saved["stem"]) == (4, 16, "imagenet")  # as photos have
-    assert saved["mean"] == sets.STATISTICS["imagenet"][0] and saved["args"]["checkpoint"] is None
+    assert saved["mean"] == STATISTICS["imagenet"][0] and saved["args"]["checkpoint"] is None
     linear.main(["--resume", str(tmp_path / "run"), "--max-steps", "2", "--quiet"])
     assert harness.load_checkpoint(tmp_path / "run")["step"] == 2
     predict.main(["--checkpoint", str(tmp_path / "run"), "--json", str(pictures / "val/ape/0.png")])
@@ -281,7 +282,7 @@ def test_weights_alone_are_as_good_as_their_run(pretrained, pictures, tmp_path, 
     """The file a stranger would write, at the size and with the statistics of the run."""
     saved = harness.load_checkpoint(pretrained)
     torch.save({f"backbone.{name}": value for name, value in saved["backbone"].items()}, tmp_path / "net.pth")
-    monkeypatch.setitem(sets.STATISTICS, "imagenet", (saved["mean"], saved["std"]))
+    monkeypatch.setitem(STATISTICS, "imagenet", (saved["mean"], saved["std"]))
     flags = [way, "--max-steps", 2, "--cache", pictures.parent / "cache"]
     whole = go(pretrained, tmp_path / "whole", *flags)
     linear.main(["--weights", str(tmp_path / "net.pth"), "--data", str(pictures), "--image-size", "16", "--quiet",
