@@ -75,9 +75,8 @@ def main(argv=None):
     names = ["method", "stem", "width", "image_size", "mean", "std", "classes"] + ["layer"] * classified
     about = {name: checkpoint[name] for name in names}
     about["crop_fraction"] = knn.evaluated_share(checkpoint["image_size"])  # of the shorter side, in evaluations
-    about = json.dumps(about, indent=1)
     save(args.out, state)
-    save(beside, f"{about}\n".encode())
+    save(beside, (json.dumps(about, indent=1) + "\n").encode())
 
     print(f"read    {file}: {checkpoint['method']}, stem {stem}, width {width}")
     if "classifier" in checkpoint and not classified and not args.backbone_only:

@@ -187,12 +187,9 @@ def agreement(network, split, dataset, device, autocast, seed):
 
     network  as for extract(), of one layer.  seed: of the views, which are the same at every call.
     """
-    pair = []
-    for which in range(2):
-        view = functools.partial(pair_view, generator=common.Draws(seed, "agreement", which))
-        features, = extract(network, split, dataset, device, autocast, view=view).values()
-        pair.append(features)
-    _, rows = nearest(*pair, 1)                                           # (N, 1)
+    views = [functools.partial(pair_view, generator=common.Draws(seed, "agreement", which)) for which in range(2)]
+    (first,), (second,) = (extract(network, split, dataset, device, autocast, view=view).values() for view in views)
+    _, rows = nearest(first, second, 1)                                   # (N, 1)
     return (rows[:, 0] == torch.arange(len(split), device=device)).double().mean().item()
 
 
@@ -207,6 +204,7 @@ class Layers(torch.nn.Module):
     def __init__(self, backbone, names=("layer4",)):
         super().__init__()
         self.backbone, self.names = backbone, names
+        self.training = backbone.training  # and extract() leaves it so
 
     def forward(self, x):
         if isinstance(self.backbone, common.ResNet18):
@@ -252,7 +250,6 @@ class Monitor:
         began, run = time.perf_counter(), self.run
         features = functools.partial(extract, dataset=self.dataset, device=run.device, autocast=run.autocast)
         network, last = (Layers(backbone, layers) for layers in (self.layers, self.layers[-1:]))
-        network.train(backbone.training), last.train(backbone.training)
         bank = features(network, some(self.dataset.train, 25_600) if self.missing else self.bank)
         rows = bank[self.layers[-1]]
         health = {"rank": effective_rank(rows[:: math.ceil(len(rows) / 25_600)]), "agreement":
@@ -418,7 +415,7 @@ def open_data(args, checkpoint, splits):
     flags.note_changes(source, args.data, saved, splits)
     size = checkpoint["image_size"] or args.image_size or flags.SHAPES[source.kind]["image_size"]
     dataset = pictures.pack(source, size, args.cache or saved["cache"], splits=splits,
-                            skip_unreadable=saved["skip_unreadable"])
+                            skip_unreadable=args.skip_unreadable or saved["skip_unreadable"])
     if checkpoint["mean"]:
         dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]  # what the network was trained with
     return source, dataset
@@ -475,8 +472,8 @@ def print_accuracy(args, queries, truth, bank, labels, classes):
     print("\n".join(class_table(first.cpu(), truth.cpu(), classes)))
 
 
-def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, columns=8):
-    """PNG: each row a query, then its nearest training images, framed green (of the query's label) or red.
+def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10):
+    """PNG: each row a query, then its 8 nearest training images, framed green (of the query's label) or red.
 
     Where one of the two has no label the frame is grey. Queries that are the bank itself do not find themselves.
     Pictures are shown as the network sees them, their central square; small ones enlarged.
@@ -484,9 +481,9 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10, 
     inside = queries is bank
     pick = torch.linspace(0, len(queries.labels) - 1, min(rows, len(queries.labels))).long()
     chosen, size, tiles = query_features[pick.to(query_features.device)], queries.images.shape[-1], []
-    _, near = nearest(chosen, bank_features, min(columns + inside, len(bank.labels)))
+    _, near = nearest(chosen, bank_features, min(8 + inside, len(bank.labels)))
     for query, row in zip(pick.tolist(), near.tolist(), strict=True):
-        row = [i for i in row if not inside or i != query][:columns]
+        row = [i for i in row if not inside or i != query][:8]
         for place, (split, index) in enumerate([(queries, query)] + [(bank, i) for i in row]):
             one = slice(index, index + 1)
             tile = evaluation_view(split.images[one], split.aspect[one], size, (0.0,) * 3, (1.0,) * 3)
@@ -507,7 +504,6 @@ def main(argv=None):
     if args.map:
         print("map     " + ("t-SNE, by scikit-learn" if tsne else "PCA; where scikit-learn is installed, t-SNE"))
     checkpoint = weights.load_pretrained(args)
-    checkpoint["args"]["skip_unreadable"] |= args.skip_unreadable
     args.split = args.split or ("val" if args.data else checkpoint["args"]["knn_split"])
     device = common.pick_device(args.device)
     autocast = weights.precision(args, checkpoint, device)

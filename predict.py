@@ -160,7 +160,6 @@ def predict(args, out):
         raise common.UsageError(f"--data {args.data}: a classifier asks no training images; --neighbours shows them")
     if classifier and (args.k or args.temperature):
         raise common.UsageError("--k, --temperature: a classifier does not vote; for votes give the pre-training run")
-    checkpoint["args"]["skip_unreadable"] |= args.skip_unreadable
     files, classes, size = list_files(args.images), checkpoint["classes"], checkpoint["image_size"]
     device = common.pick_device(args.device)
     autocast = precision(args, checkpoint, device)
