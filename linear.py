@@ -289,8 +289,7 @@ def view(images, aspect, generator, args, mean, std):
 
 def plain_features(backbone, layer, split, dataset, run):
     """(N, C) float32 on the device: the pooled output of a layer for every image of a split, evaluation views."""
-    network = knn.Layers(backbone, (layer,)).train(backbone.training)
-    return knn.extract(network, split, dataset, run.device, run.autocast)[layer]
+    return knn.extract(knn.Layers(backbone, (layer,)), split, dataset, run.device, run.autocast)[layer]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -436,12 +435,6 @@ def draw_confusion(predicted, truth, classes, title):
     return png.getvalue()
 
 
-def stop_reason(args, top1):
-    """Why training ends with a validation accuracy of `top1` percent; None if it does not."""
-    if args.stop_at_accuracy and top1 >= args.stop_at_accuracy:
-        return f"{top1:.2f} % of validation images are right: --stop-at-accuracy {args.stop_at_accuracy:g}"
-
-
 def score(run, splits):
     """Score splits by linear.pt alone, as predict.py will use it; say and write what came out.
 
@@ -564,7 +557,7 @@ def main(argv=None):
 
             if run.epoch_ends and (run.last or run.epoch % args.eval_every == 0):
                 scores = validate(run, model, val, of_val, loss_of)
-                run.report(stop_reason(args, scores["top1"]), **scores)
+                run.report(harness.stop_reason(args.stop_at_accuracy, scores["top1"], "images"), **scores)
 
         torch.set_num_threads(threads)
         if frozen:

@@ -304,10 +304,7 @@ def main(argv=None):
 
             if run.epoch_ends:
                 held_out = held_out_scores(run, model) if monitor.due or args.stop_at_accuracy else {}
-                right, stop = held_out.get("val_rotation", 0), None
-                if args.stop_at_accuracy and right >= args.stop_at_accuracy:
-                    stop = (f"{right:.2f} % of validation rotations are right: "
-                            f"--stop-at-accuracy {args.stop_at_accuracy:g}")
+                stop = harness.stop_reason(args.stop_at_accuracy, held_out.get("val_rotation", 0), "rotations")
                 run.report(stop, **held_out, **monitor(model.backbone, now=stop))
 
 

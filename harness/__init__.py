@@ -2,7 +2,8 @@
 
     command(main)               errors become one line and exit code 2
     training_parser, parse      the flags of every method; number(...): a type of a flag
-    fill_flags, check_stop      further defaults; a --stop-at-accuracy that makes sense
+    fill_flags                  further defaults
+    check_stop, stop_reason     whether --stop-at-accuracy makes sense; why a run ends that reaches it
     initialised(backbone, args) the weights of --init
     gather_with_gradient(z)     rows of all processes, and gradients back to them
     is_main()                   whether this process is the one that evaluates (more of processes: distributed.py)
@@ -27,10 +28,10 @@ from harness import threads  # noqa: F401  # before the others, which import tor
 from harness.checkpoint import load as load_checkpoint
 from harness.command import command
 from harness.distributed import gather_with_gradient, is_main
-from harness.flags import check_stop, fill_flags, parse, training_parser
+from harness.flags import check_stop, fill_flags, parse, stop_reason, training_parser
 from harness.parser import number
 from harness.run import open_run
 from harness.weights import initialised, load_backbone
 
 __all__ = ["check_stop", "command", "fill_flags", "gather_with_gradient", "initialised", "is_main", "load_backbone",
-           "load_checkpoint", "number", "open_run", "parse", "training_parser"]
+           "load_checkpoint", "number", "open_run", "parse", "stop_reason", "training_parser"]

@@ -138,7 +138,6 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
     classes  of the data: named where their number, and not the flags, makes another model than the saved one.
     raises   UsageError where the objects are not those of the run.
     """
-    saved = checkpoint.get("states", {})
     try:
         model.load_state_dict(checkpoint["model"])
         options = [{name: value for name, value in group.items() if name not in ("params", "lr")}
@@ -147,7 +146,7 @@ def restore(checkpoint, model, optimizer, scaler, states, classes):
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)
         for name, part in states.items():
-            part.load_state_dict(saved[name])
+            part.load_state_dict(checkpoint["states"][name])
     except (RuntimeError, ValueError, KeyError) as error:
         why = textwrap.shorten(str(error), 300, placeholder=" ...") + "; leave out the flags that the run did not have"
         if len(classes) != len(checkpoint["classes"]):
@@ -171,7 +170,7 @@ class Saver:
     file     of the best score so far, `best`: that of a resumed run, or None.
     """
 
-    def __init__(self, folder, args, collect, file, best=None):
+    def __init__(self, folder, args, collect, file, best):
         self.folder, self.args, self.collect, self.file, self.best = folder, args, collect, file, best
         self.minutes = float(args.save_every[:-3]) if isinstance(args.save_every, str) else None
         self.saved = time.perf_counter()

@@ -126,4 +126,3 @@ class Stop:
     def close(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.handlers = {}

@@ -8,13 +8,11 @@ import re
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 import pictures
 from common import UsageError
 from harness import checkpoint
 from harness.log import tensorboard_writer
-from harness.parser import Epochs, Parser, Rate, absolute_path, flag_text, number, path, png_file, save_interval
+from harness.parser import Instead, Parser, absolute_path, flag_text, number, path, png_file, save_interval
 from harness.weights import load_weights, take_shape
 
 NEWEST = "newest"  # --resume without a folder
@@ -59,16 +57,16 @@ def training_parser(file, doc, recipes, without=()):
         "and runs out of memory", choices=("cifar", "imagenet"))
     add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))
     length, rates = (parser.group("recipe").add_mutually_exclusive_group() for _ in range(2))
-    add("--epochs", "passes over the training images", type=whole(low=1), action=Epochs, group=length)
+    add("--epochs", "passes over the training images", type=whole(low=1), action=Instead, group=length)
     add("--minutes", "instead of --epochs: as many steps as fit, the learning rate's schedule fitted to them while the "
         "run goes on. It counts from the first step's preparations to the last evaluation, like `seconds` in "
         "metrics.jsonl, interruptions left out; starting, packing pictures and what linear.py does last come on top",
         type=real(above=0), default=None, group=length)
     add("--batch-size", "images per step", type=whole(low=2))
     add("--lr", "learning rate of a batch of 256; that of a step grows with the batch; too high: the loss "
-        "stays at chance or turns NaN", type=real(above=0), action=Rate, group=rates)
+        "stays at chance or turns NaN", type=real(above=0), action=Instead, group=rates)
     add("--step-lr", "instead of --lr: the learning rate per step, whatever the batch size, as most articles give it",
-        type=real(above=0), action=Rate, group=rates)
+        type=real(above=0), action=Instead, group=rates)
     add("--weight-decay", "L2 penalty", type=real(low=0))
     add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs; with "
         "--minutes the same share of the run as of the default --epochs",
@@ -234,18 +232,18 @@ def fill_flags(args, recipe):
             setattr(args, name, value)
 
 
-def check_batch(args, source):
-    """pictures.check_batch() before any picture is read."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    pictures.check_batch(args.batch_size, sum(source.splits["train"].counts), world)
-
-
 def check_stop(percent, chance):
     """raises  UsageError for a --stop-at-accuracy that chance alone reaches, or that is a share, 0.95 for 95 %."""
     low = max(1, chance)
     if percent is not None and percent <= low:
         fix = f"did you mean {100 * percent:g}?" if low < 100 * percent <= 100 else "take more"
         raise UsageError(f"--stop-at-accuracy {percent:g}: in percent, and chance alone reaches {chance:.3g}; {fix}")
+
+
+def stop_reason(percent, reached, what):
+    """Why a run ends when of validation `what` (images, say) `reached` percent are right; None where it goes on."""
+    if percent is not None and reached >= percent:
+        return f"{reached:.2f} % of validation {what} are right: --stop-at-accuracy {percent:g}"
 
 
 def holdout(args):

@@ -115,19 +115,14 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"no such value: {value!r}{hint} (choose from {', '.join(choices)})")
 
 
-class Rate(argparse.Action):
-    """--lr or --step-lr: the one that is given replaces whichever a resumed run has saved."""
+class Instead(argparse.Action):
+    """A flag that replaces another, which a resumed run may have saved."""
+
+    OTHER = {"lr": "step_lr", "step_lr": "lr", "epochs": "minutes"}
 
     def __call__(self, parser, args, value, flag=None):
-        args.lr = args.step_lr = None
+        setattr(args, self.OTHER[self.dest], None)
         setattr(args, self.dest, value)
-
-
-class Epochs(argparse.Action):
-    """--epochs: replaces the --minutes that a resumed run has saved."""
-
-    def __call__(self, parser, args, value, flag=None):
-        args.epochs, args.minutes = value, None
 
 
 def number(kind, low=None, high=None, above=None):

@@ -36,7 +36,7 @@ def open_run(args, recipes, **derived):
         source = pictures.open_source(args.data, args.data_root, args.download, holdout=flags.holdout(args))
     args.kind = source.kind
     flags.fill_flags(args, flags.recipe_of(args, recipes, source))
-    flags.check_batch(args, source)
+    pictures.check_batch(args.batch_size, sum(source.splits["train"].counts), distributed.size())  # before any is read
     for name, value in derived.items():
         setattr(args, name, value())
     run = Run(args, source, device, autocast, scaler)
@@ -254,8 +254,8 @@ def begin_epoch(run):
     saved = run.saved if run.saved and run.step % run.epoch_steps and run.step == run.saved["step"] else None
     run.figures.begin(saved["meters"] if saved else {})
     run.reached = None
-    run.log.line = common.Progress(run.plan.end, label(run, run.epoch + 1),
-                                   quiet=run.log.quiet, per_step=run.args.batch_size, first=run.step, show=run.log.show)
+    run.log.line = common.Progress(run.plan.end, label(run), quiet=run.log.quiet, per_step=run.args.batch_size,
+                                   first=run.step, show=run.log.show)
 
 
 def end_epoch(run):
@@ -264,8 +264,8 @@ def end_epoch(run):
     run.worked = time.perf_counter()
 
 
-def label(run, epoch):
-    return f"epoch {epoch:>{len(str(run.plan.epochs))}}/{run.plan.epochs}"
+def label(run):
+    return f"epoch {run.epoch + 1:>{len(str(run.plan.epochs))}}/{run.plan.epochs}"
 
 
 def after_step(run, ends):
@@ -280,7 +280,7 @@ def after_step(run, ends):
         check(run)
         if not over and run.plan.after_step(run.step, now := seconds(run), ends):
             run.say(run.plan.say(run.step, now, run.device))
-            run.log.line.total, run.log.line.label = run.plan.end, label(run, run.epoch + 1)
+            run.log.line.total, run.log.line.label = run.plan.end, label(run)
     if ends:
         whole = run.step % run.epoch_steps == 0
         run.saver.after_epoch(math.ceil(run.step / run.epoch_steps), whole, run.reached, over or run.stop.told)

@@ -13,6 +13,7 @@ import torch
 from common import ResNet18, UsageError, pick_precision, printable
 from harness import checkpoint
 from harness.distributed import is_main
+from harness.log import wrapped
 
 OWN = {name: Path(__file__).parents[1] / f"{name}.py" for name in ("simsiam", "moco", "simclr", "rotnet")}
 PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
@@ -58,8 +59,7 @@ def load_weights(path):
     note = f"{file}: ResNet-18, stem {stem}, width {kernel[0]}" + (f", from {prefix}*" if prefix else "")
     note += f"; left out: {', '.join(left[:3] + ['...'] * (len(left) > 3))}" if left else ""
     return {"backbone": net.state_dict(), "stem": stem, "width": kernel[0],
-            "note": textwrap.fill(printable(f"weights {note}"), 79, subsequent_indent=" " * 8, break_long_words=False,
-                                  break_on_hyphens=False)}
+            "note": wrapped(printable(f"weights {note}"))}
 
 
 def _under_our_names(tensors, prefix, numbered):

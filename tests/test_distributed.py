@@ -21,7 +21,6 @@ import rotnet
 import simclr
 import simsiam
 from harness import distributed
-from harness.flags import check_batch
 from harness.folder import read_metrics
 from harness.log import Figures
 from harness.run import set_up
@@ -302,7 +301,5 @@ def test_moco_on_two_processes_loses_what_one_process_loses(outcomes):
 def test_wrong_numbers_of_processes(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 5)
-    source = type("Source", (), {"splits": {"train": pictures.Items([], [], counts=(40, 0))}})
-    args = type("Args", (), {"batch_size": 12})
     with pytest.raises(common.UsageError, match="--batch-size 12.*multiple of their number, 5: take 10"):
-        check_batch(args, source)
+        pictures.check_batch(12, 40, distributed.size())
