@@ -239,6 +239,8 @@ def test_every_reference_is_a_run_of_its_name():
     for file in plot.REFERENCES.glob("*.jsonl"):
         args, *rows = map(json.loads, file.read_text().splitlines())
         assert file.stem == f"{args['method']}-{args['kind']}" and rows[0]["epoch"] == 0 and rows[-1]["knn"] > 0
+        steps = [row["step"] for row in rows]
+        assert steps == sorted(set(steps)), "of one run, each epoch once"
 
 
 def test_without_matplotlib_one_line_says_what_to_install(make_run, monkeypatch, capsys):
