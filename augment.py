@@ -176,7 +176,9 @@ def _crop(images, boxes, size, interpolation):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    out = torch.empty(n, 3, size, size, device=images.device)
+    # Zeros for MPS alone, whose baddbmm takes up NaNs even with beta=0 (torch up to 2.13, pytorch/pytorch#187521).
+    new = torch.zeros if images.device.type == "mps" else torch.empty
+    out = new(n, 3, size, size, device=images.device)
     function = _crop_together if side <= SMALL or _all_at_once(images) else _crop_singly
     with torch.autocast(images.device.type, enabled=False):                 # bf16's 8 bits would spoil the picture
         for s in _chunks(n, images):

@@ -58,6 +58,9 @@ class BasicBlock(nn.Module):
         return self.relu(x)
 
 
+NO_CHANNELS_LAST = ("mps",)  # whose BatchNorm has wrong gradients there (torch up to 2.13, pytorch/pytorch#175189)
+
+
 class ResNet18(nn.Module):
     """ResNet-18 whose parameters bear torchvision's names, so that weights go both ways.
 
@@ -104,6 +107,7 @@ class ResNet18(nn.Module):
 
     def _apply(self, fn, recurse=True):  # what .to(memory_format=...) does to each module
         super()._apply(fn, recurse)
+        self.contiguous |= self.conv1.weight.device.type in NO_CHANNELS_LAST
         if self.contiguous:
             for parameter in self.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -170,7 +174,7 @@ class AverageMeter:
 
     def mean(self):
         """`avg` over the images of all processes; every one of them must ask."""
-        if not dist.is_initialized():
+        if not (dist.is_available() and dist.is_initialized()):
             return self.avg
         both = torch.stack([torch.as_tensor(self.sum), torch.as_tensor(self.count, device=self.sum.device)]).double()
         dist.all_reduce(both)
@@ -303,12 +307,10 @@ def pick_device(name="auto"):
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # what is asked of "the" GPU is asked of this one
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add_(1).item()  # a GPU too old for this torch is there, but cannot even add
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = "not available here; try --device auto"
-        if "out of memory" in str(error):
-            why = str(error).partition("\n")[0][:80] + "; try --device cpu"
-        raise UsageError(f"--device {name}: {why}") from None
+        why = re.split(r"\n|\. ", str(error))[0][:80].strip(" .")
+        raise UsageError(f"--device {name}: {why}; try --device cpu") from None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
         torch.set_float32_matmul_precision("high")

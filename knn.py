@@ -19,6 +19,7 @@ Features    the backbone's pooled output in eval mode (never the projector, unle
 
 import harness.threads  # isort: skip  # noqa: F401  # before torch: how threads wait, where memory comes from
 import colorsys
+import contextlib
 import functools
 import io
 import math
@@ -190,7 +191,7 @@ def agreement(network, split, dataset, device, autocast, seed):
     views = [functools.partial(pair_view, generator=common.Draws(seed, "agreement", which)) for which in range(2)]
     (first,), (second,) = (extract(network, split, dataset, device, autocast, view=view).values() for view in views)
     _, rows = nearest(first, second, 1)                                   # (N, 1)
-    return (rows[:, 0] == torch.arange(len(split), device=device)).double().mean().item()
+    return (rows[:, 0] == torch.arange(len(split), device=device)).float().mean().item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,6 +275,8 @@ class Monitor:
 # ------------------------------------------------------------------------------------------------
 
 ON_MAP = 800  # thumbnails at most
+# Of Linux, Windows and macOS; the first four have Chinese, Japanese and Korean letters too.
+FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "PingFang.ttc", "DejaVuSans.ttf", "arial.ttf")
 
 
 def find_tsne():
@@ -311,6 +314,16 @@ def free_cells(points, side):
     return cells[chosen]
 
 
+def font_for(texts, size):
+    """A font with as many of the letters as one here has: Pillow's own knows ASCII alone."""
+    fonts, letters = [ImageFont.load_default(size)], set("".join(texts))
+    for name in () if all(letter.isascii() for letter in letters) else FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    missing = [bytes(font.getmask("\uffff")) for font in fonts]  # no letter: the box that stands for one
+    return fonts[min(range(len(fonts)), key=lambda i: sum(bytes(fonts[i].getmask(x)) == missing[i] for x in letters))]
+
+
 def draw_map(split, features, classes, tsne=None):
     """A PNG, bytes: at most ON_MAP images of a split as thumbnails where plane() has them, none on another.
 
@@ -332,8 +345,8 @@ def draw_map(split, features, classes, tsne=None):
         here[:, 4:-4, 4:-4] = F.interpolate(view, size=(cell - 8,) * 2, mode="bilinear", antialias=True)[0]
     image = TF.to_pil_image(canvas)
     if len(classes) <= 20 and int(split.labels.amax()) >= 0:
-        font, (width, height), mosaic = ImageFont.load_default(18), image.size, image
         names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+        font, (width, height), mosaic = font_for(names, 18), image.size, image
         image = Image.new("RGB", (width + 60 + int(max(map(font.getlength, names))),
                                   max(height, 20 + 26 * len(names))), "white")
         image.paste(mosaic)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -133,6 +134,36 @@ def test_schedule_in_steps_and_constant():
 def test_precision_and_device_errors():
     with pytest.raises(common.UsageError, match="--device cuda:77"):
         common.pick_device("cuda:77")
+
+
+def test_a_device_that_cannot_add_is_refused_with_its_own_words(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore words")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(common.UsageError, match="cpu: CUDA error: no kernel image .* device; try --device cpu$"):
+        common.pick_device("cpu")
+
+
+def test_where_channels_last_is_broken_the_network_is_contiguous(monkeypatch):
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    outputs = []
+    for broken in ((), ("cpu",)):
+        monkeypatch.setattr(common, "NO_CHANNELS_LAST", broken)
+        common.seed_everything(0)
+        net = common.ResNet18(width=8).to("cpu", memory_format=torch.channels_last)
+        seen = []
+        net.bn1.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0].is_contiguous()))
+        outputs.append(net(x))
+        assert seen == [bool(broken)] and net.layer1[0].conv1.weight.is_contiguous() == bool(broken)
+    torch.testing.assert_close(*outputs)
+
+
+def test_averages_need_no_torch_distributed(monkeypatch):
+    monkeypatch.setattr(common, "dist", types.SimpleNamespace(is_available=lambda: False))  # all that such a build has
+    meter = common.AverageMeter()
+    meter.update(3.0, 2)
+    assert meter.mean() == 3.0
     with pytest.raises(common.UsageError, match="--amp fp16"):
         common.pick_precision("fp16", torch.device("cpu"))
     autocast, scaler = common.pick_precision("bf16", torch.device("cpu"))
