@@ -57,7 +57,7 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import augment
 import common
@@ -411,9 +411,9 @@ def draw_confusion(predicted, truth, classes, title):
     counts = (truth * k + predicted).bincount(minlength=k * k).view(k, k)
     share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)                            # (K, K)
     cell = min(80, max(16, 900 // k), max(1, 4000 // k))  # pixels
-    font = ImageFont.load_default(max(11, min(16, cell - 4)))
     names = [name if len(name) <= 24 else name[:23] + "…" for name in classes] if cell >= 12 else [""] * k
     lines = [title, "rows: true class, columns: answer; percent of the row"]
+    font = knn.font_for([title, *names], max(11, min(16, cell - 4)))
     left, head = (12 + math.ceil(max(map(font.getlength, texts))) for texts in (names, lines))
     top, side = 56 + left, k * cell
     image = Image.new("RGB", (max(left + side, head) + 12, top + side + 12), "white")

@@ -331,6 +331,15 @@ def test_features_and_map_of_loose_pictures(place, capsys, monkeypatch):
     assert (image[:, 2::128, 64::128].flatten(1) == 165).all(dim=0).sum() == 5  # grey frames
 
 
+def test_names_are_drawn_in_a_font_that_has_their_letters(monkeypatch):
+    file = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    monkeypatch.setattr(knn, "FONTS", ("nowhere.ttf", str(file)))
+    plain, own = knn.font_for(["cat"], 16), knn.font_for(["Käfer", "Собака"], 16)
+    assert plain.getname()[0] != "DejaVu Sans" and own.getname()[0] == "DejaVu Sans"
+    assert knn.font_for(["Käfer", "猫"], 16).getname() == own.getname()  # no font here has all: most count
+    assert knn.font_for(["猫"], 16).getname() == plain.getname() == knn.font_for([""], 16).getname()
+
+
 def test_the_map_is_coloured_by_class_and_names_up_to_20():
     n = knn.ON_MAP + 100
     split = make_split(n, torch.arange(n) % 20)
