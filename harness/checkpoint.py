@@ -28,7 +28,14 @@ def save(path, content):
             file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        for pause in (0.1, 0.5, 2.5, None):
+            try:
+                os.replace(aside, path)
+                break
+            except PermissionError:  # Windows, while another program reads the one before
+                if pause is None:
+                    raise
+                time.sleep(pause)
         if hasattr(os, "O_DIRECTORY"):  # the new name must survive a power cut too
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             with contextlib.suppress(OSError):  # some file systems refuse it

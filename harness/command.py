@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common import UsageError, printable
-from harness.distributed import is_main, leave
+from harness.distributed import is_main, leave, together
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE: what shells expect of a program whose reader, `head` for instance, has left
 
@@ -84,12 +84,12 @@ def command(main):
                 sys.exit(PIPE_CLOSED)
             complain(f"{name}: error: {printable(str(error.filename or 'stdout'))}: {error.strerror}", 2)
         except (RuntimeError, MemoryError) as error:
-            if dist.is_initialized() and ("gloo" in str(error).lower() or isinstance(error, dist.DistError)):
+            if together() and ("gloo" in str(error).lower() or isinstance(error, dist.DistError)):
                 complain(f"{name}: error: another process of this run ended; its own message says why. With torchrun "
                          "--max-restarts N the run goes on from its last checkpoint", 1)
             if not out_of_memory(error):
                 raise
-            complain(f"{name}: error: out of memory; free some, or choose another --device", 2, dist.is_initialized())
+            complain(f"{name}: error: out of memory; free some, or choose another --device", 2, together())
 
     return wrapped
 

@@ -22,19 +22,34 @@ from common import UsageError, pick_device
 joined = False  # by join(): whoever made the group ends it
 
 
+def launched():
+    """Whether torchrun, or another launcher, has started this process as one of a group."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def together():
+    """Whether join() has made the group. (Some builds of torch, for Windows or Jetson, have no groups at all.)"""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_main():
-    """Whether this process is the one that prints and writes: the only one, or torchrun's process 0."""
-    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one that prints and writes: the only one, or the group's process 0."""
+    return dist.get_rank() == 0 if together() else not launched() or os.environ["RANK"] == "0"
 
 
 def rank():
     """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if together() else 0
 
 
 def size():
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if together() else 1
+
+
+def local_rank():
+    """This process's number on its machine; a launcher that does not say starts one on each."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def join(name):
@@ -44,18 +59,18 @@ def join(name):
     returns  torch.device of this process. Without torchrun: that of the name.
     raises   UsageError where a machine has fewer GPUs than processes.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not launched():
         return pick_device(name)
     if torch.cuda.is_available() and (name == "auto" or name.startswith("cuda")):
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, there = local_rank(), torch.cuda.device_count()
         if local >= there:
-            raise UsageError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: only {there} GPUs here; one process "
-                             "per GPU, or --device cpu")
+            wanted = os.environ.get("LOCAL_WORLD_SIZE", local + 1)
+            raise UsageError(f"--nproc_per_node {wanted}: only {there} GPUs here; one process per GPU, or --device cpu")
         name = f"cuda:{local}"
     device = pick_device(name)
     if device.type not in ("cuda", "cpu"):
         raise UsageError(f"--device {device.type}: several processes need GPUs (cuda) or --device cpu")
-    if not dist.is_initialized():
+    if not together():
         global joined
         joined = True
         # Evaluation, by process 0 alone, and packing may take long: the others wait for it.
@@ -79,7 +94,7 @@ def parallel(model, device, sync_bn=False):
     sync_bn  BatchNorm sees the batch of all processes. (torch has no such layer for CPUs: there each process
              normalises its own share.)
     """
-    if not dist.is_initialized():
+    if not together():
         return model
     if sync_bn and device.type == "cuda" and size() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place but for the root, which is no BatchNorm
@@ -94,16 +109,16 @@ def parallel(model, device, sync_bn=False):
 @contextlib.contextmanager
 def leader_first():
     """The first process of each machine goes through alone (it packs pictures), then the others follow."""
-    if dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0:
+    if together() and local_rank() > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and int(os.environ["LOCAL_RANK"]) == 0:
+    if together() and local_rank() == 0:
         dist.barrier()
 
 
 def same(value):
     """Process 0's value, on every process; any plain value."""
-    if not dist.is_initialized():
+    if not together():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -112,7 +127,7 @@ def same(value):
 
 def gather(x):
     """(N, ...) of each process -> (size * N, ...) in the order of ranks, on every process; no gradient."""
-    if not dist.is_initialized():
+    if not together():
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size())]
     dist.all_gather(parts, x.contiguous())
@@ -146,4 +161,4 @@ def gather_with_gradient(x):
     The gradient of a row is the sum over all processes' losses. DistributedDataParallel takes the mean of the
     processes' gradients: together the gradient of the mean of their losses.
     """
-    return _GatherWithGradient.apply(x) if dist.is_initialized() else x
+    return _GatherWithGradient.apply(x) if together() else x

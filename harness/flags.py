@@ -166,8 +166,9 @@ def _parse_resumed(parser, argv, first, fixed):
     if first.out and os.path.abspath(first.out) != os.path.abspath(file.parent):
         parser.error(f"--out {first.out}: a resumed run goes on in its own folder, {file.parent}")
     args.out, args.resume = str(file.parent), str(file)
+    moved = ["data"] if saved.get("contents") and os.path.isdir(args.data) else []  # saved_run() compares the pictures
     for name in (*FIXED, *fixed):
-        if getattr(args, name, None) != saved.get(name):
+        if name not in moved and getattr(args, name, None) != saved.get(name):
             parser.error(f"--{name.replace('_', '-')}: the run to resume has {saved.get(name)}, which cannot change")
     return args
 

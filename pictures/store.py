@@ -135,7 +135,8 @@ def build_store(final, split, items, size, quiet, workers):
 
 def publish(aside, final):
     """Renames the finished store into place. Whoever comes second uses what stands there already."""
-    for _ in range(3):
+    for attempt in range(3):
+        time.sleep(0.5 * attempt)  # on Windows a virus scanner may still be reading it
         with contextlib.suppress(OSError):
             os.rename(aside, final)  # atomic; fails if `final` is there
         packed = open_store(final)

@@ -303,3 +303,27 @@ def test_wrong_numbers_of_processes(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 5)
     with pytest.raises(common.UsageError, match="--batch-size 12.*multiple of their number, 5: take 10"):
         pictures.check_batch(12, 40, distributed.size())
+
+
+def test_a_launcher_need_not_say_the_place_on_the_machine(monkeypatch, tmp_path):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():  # set by hand, or by a scheduler: no group yet
+        monkeypatch.setenv(name, value)
+    assert distributed.is_main() and distributed.join("cpu") == torch.device("cpu") and not distributed.together()
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
+        monkeypatch.setenv(name, value)
+    distributed.join("cpu")
+    try:
+        assert distributed.together() and distributed.size() == 1
+        with distributed.leader_first():
+            pass
+    finally:
+        distributed.leave()
+
+
+def test_one_process_needs_no_torch_distributed(monkeypatch):
+    monkeypatch.setattr(distributed, "dist", argparse.Namespace(is_available=lambda: False))  # all such a build has
+    x = torch.ones(4, 2)
+    assert distributed.is_main() and distributed.size() == 1 and distributed.rank() == 0 and distributed.same(3) == 3
+    assert distributed.gather(x) is x and distributed.gather_with_gradient(x) is x
+    assert distributed.parallel(x, x.device) is x

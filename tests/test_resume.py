@@ -247,22 +247,29 @@ def test_a_run_whose_images_changed_is_not_resumed_and_its_evaluation_says_so(tr
     shutil.copytree(pictures, "mine", ignore=shutil.ignore_patterns(".*"))
     train("simsiam", "--data", "mine", "--out", "run", "--epochs", "1")
     linear.main("--checkpoint run --out probe --epochs 1 --quiet --device cpu".split())
-    os.rename("mine", "moved")
+    os.rename("mine", "moved")  # where they lie now is said once, and stands in the run from then on
+    train("simsiam", "--resume", "run", "--data", "moved", "--epochs", "2")
+    train("simsiam", "--resume", "run", "--epochs", "3")
+    assert [row["epoch"] for row in read_metrics("run")] == [0, 1, 2, 3]
     os.rename("moved", "mine")
+    with pytest.raises(SystemExit):
+        train("simsiam", "--resume", "run", "--data", "toy", "--epochs", "4")
+    assert "which cannot change" in capsys.readouterr().err
+    train("simsiam", "--resume", "run", "--data", "mine", "--epochs", "4")
     shutil.copy("mine/class0/0.png", "mine/class0/40.png")
     capsys.readouterr()
     for program in ("simsiam", "linear"):
         with pytest.raises(SystemExit) as end:
             importlib.import_module(program).main(["--resume", {"simsiam": "run", "linear": "probe"}[program],
-                                                   "--epochs", "2"])
+                                                   "--epochs", "5"])
         assert end.value.code == 2
         assert "not those of the run any more (train: 36 then, 37 now)" in capsys.readouterr().err
     knn.main(["--checkpoint", "run", "--k", "5", "--device", "cpu"])
     linear.main("--checkpoint run --out other --epochs 1 --device cpu".split())
     assert capsys.readouterr().out.count("changed     images since this run was trained: train: 36 then, 37 now") == 2
     os.remove("mine/class0/40.png")
-    train("simsiam", "--resume", "run", "--epochs", "2")
-    assert [row["epoch"] for row in read_metrics("run")] == [0, 1, 2]
+    train("simsiam", "--resume", "run", "--epochs", "5")
+    assert [row["epoch"] for row in read_metrics("run")] == [0, 1, 2, 3, 4, 5]
     knn.main(["--checkpoint", "run", "--k", "5", "--device", "cpu"])
     assert "changed" not in capsys.readouterr().out
     # A run of before, which does not know its images: the epochs tell.
@@ -272,8 +279,28 @@ def test_a_run_whose_images_changed_is_not_resumed_and_its_evaluation_says_so(tr
     for i in range(40, 50):
         shutil.copy("mine/class0/0.png", f"mine/class0/{i}.png")
     with pytest.raises(SystemExit):
-        train("simsiam", "--resume", "run", "--epochs", "3")
-    assert "an epoch has 5 steps now, so step 8 is not in epoch 3 any more" in capsys.readouterr().err
+        train("simsiam", "--resume", "run", "--epochs", "6")
+    assert "an epoch has 5 steps now, so step 20 is not in epoch 6 any more" in capsys.readouterr().err
+
+
+def test_a_file_that_another_program_reads_is_replaced_once_it_is_free(tmp_path, monkeypatch):
+    """On Windows, where os.replace then fails."""
+    replace, left, pauses = os.replace, [2], []
+
+    def busy(*paths):
+        if left[0]:
+            left[0] -= 1
+            raise PermissionError(13, "Access is denied")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    checkpoint.save(tmp_path / "last.pt", b"new")
+    assert (tmp_path / "last.pt").read_bytes() == b"new" and len(pauses) == 2
+    left[0] = 9
+    with pytest.raises(common.UsageError, match="cannot be written: Access is denied; the one before it stays"):
+        checkpoint.save(tmp_path / "last.pt", b"newer")
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"] and len(pauses) == 5
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
