@@ -307,10 +307,10 @@ def pick_device(name="auto"):
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # what is asked of "the" GPU is asked of this one
-        torch.ones(1, device=device).add_(1).item()  # a GPU too old for this torch is there, but cannot even add
+        torch.ones(1, device=device).add_(1)  # a GPU too old for this torch is there, but cannot even add
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = re.split(r"\n|\. ", str(error))[0][:80].strip(" .")
-        raise UsageError(f"--device {name}: {why}; try --device cpu") from None
+        raise UsageError(f"--device {name}: {why}; try --device cpu, or auto") from None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
         torch.set_float32_matmul_precision("high")

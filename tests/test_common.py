@@ -141,7 +141,7 @@ def test_a_device_that_cannot_add_is_refused_with_its_own_words(monkeypatch):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore words")
 
     monkeypatch.setattr(torch, "ones", fail)
-    with pytest.raises(common.UsageError, match="cpu: CUDA error: no kernel image .* device; try --device cpu$"):
+    with pytest.raises(common.UsageError, match="cpu: CUDA error: no kernel image .* device; try --device cpu, or auto$"):
         common.pick_device("cpu")
 
 
