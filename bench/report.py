@@ -234,7 +234,8 @@ def main(argv=None):
     if args.peers_png:
         return peers_chart(json.loads((ROOT / "results/peers.json").read_text())["results"], args.peers_png)
     if args.labels_png:
-        return labels_chart(rows_of("results/cifar.jsonl", "labels-*"), args.labels_png)
+        return labels_chart(rows_of("results/cifar.jsonl", "labels-cached-* labels-finetune-* labels-scratch-*"),
+                            args.labels_png)
     texts = {page: (ROOT / page).read_text() for page in PAGES}
     stale = {page: new for page, text in texts.items() if (new := fill(text)) != text}
     for page, text in stale.items():
