@@ -300,17 +300,18 @@ class Draws:
 
 
 def pick_device(name="auto"):
-    """"auto" takes cuda, then mps, then cpu. Raises UsageError for a device that is not there."""
+    """"auto" takes cuda, then mps, then cpu. Raises UsageError for a device that is not there, or cannot even add."""
+    fix = "cpu" if name == "auto" else "auto"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # what is asked of "the" GPU is asked of this one
-        torch.ones(1, device=device).add_(1)  # a GPU too old for this torch is there, but cannot even add
+        torch.ones(1, device=device).add_(1)  # beyond a GPU that is too old for this torch
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = re.split(r"\n|\. ", str(error))[0][:80].strip(" .")
-        raise UsageError(f"--device {name}: {why}; try --device cpu, or auto") from None
+        raise UsageError(f"--device {name}: {why}; try --device {fix}") from None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
         torch.set_float32_matmul_precision("high")

@@ -141,8 +141,11 @@ def test_a_device_that_cannot_add_is_refused_with_its_own_words(monkeypatch):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore words")
 
     monkeypatch.setattr(torch, "ones", fail)
-    with pytest.raises(common.UsageError, match="cpu: CUDA error: no kernel image .* device; try --device cpu, or auto$"):
+    with pytest.raises(common.UsageError, match="cpu: CUDA error: no kernel image .* device; try --device auto$"):
         common.pick_device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(common.UsageError, match="--device cuda: .*; try --device cpu$"):  # as auto has found
+        common.pick_device()
 
 
 def test_where_channels_last_is_broken_the_network_is_contiguous(monkeypatch):
