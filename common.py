@@ -308,7 +308,7 @@ def pick_device(name="auto"):
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # what is asked of "the" GPU is asked of this one
-        torch.ones(1, device=device).add_(1)  # beyond a GPU that is too old for this torch
+        torch.ones(1, device=device).add_(1)  # which a GPU that is too old for this torch cannot do
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = re.split(r"\n|\. ", str(error))[0][:80].strip(" .")
         raise UsageError(f"--device {name}: {why}; try --device {fix}") from None
