@@ -96,9 +96,10 @@ def test_a_stopped_peer_ends_where_one_that_was_not_does(train, monkeypatch, pai
     assert all(torch.equal(tensor, stopped["tensors"][name]) for name, tensor in whole["tensors"].items())
 
 
-def test_minutes_end_a_peer(train):
-    rows, last = train("simclr-plain", "run", "--minutes", "0.005")
-    assert last["seconds"] >= 0.3 and rows[-1]["step"] == last["step"] > 0
+def test_minutes_end_both_sides(flags, tmp_path):
+    peers.main(["accuracy", *flags, "--only", "simclr-plain", "--minutes", "0.02"])
+    for side, rows in json.loads((tmp_path / "out/accuracy.json").read_text())["results"].items():
+        assert rows[-1]["step"] > 0 and 0.6 < rows[-1]["seconds"] < 6, side
 
 
 def test_accuracy_from_start_to_end_and_again(flags, tmp_path, monkeypatch, capfd):
