@@ -64,7 +64,7 @@ import common
 import harness
 import knn
 import pictures
-from harness import checkpoint, flags, weights
+from harness import checkpoint, distributed, flags, weights
 from harness.parser import absolute_path, path
 from harness.run import Run, set_up
 
@@ -169,7 +169,7 @@ def check_flags(parser, args):
         (args.optimizer in ("lars", "adamw") and not has_rate,
          f"--optimizer {args.optimizer}: the default rate is for sgd; add --lr or --step-lr, "
          f"{'0.1' if args.optimizer == 'lars' else '0.001'} for instance"),
-        ("RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        (distributed.launched() and int(os.environ["WORLD_SIZE"]) > 1,
          "linear.py trains on one device: start it without torchrun"),
     ):
         if wrong:

@@ -83,7 +83,7 @@ def our_command(method, args, amp, out):
               "data_root": args.data_root, "cache": args.cache, "width": args.width, "batch_size": args.batch_size,
               "seed": args.seed, "amp": amp, "device": args.device, "knn_split": "test", "knn_every": 0,
               "save_every": "5min", "out": out}
-    del values["epochs"]  # how long it trains is added by others
+    del values["epochs"]  # the caller says how long it trains
     if method == "moco":
         values["bn_splits"] = bn_groups(args.batch_size)
     elif method == "simclr":

@@ -687,6 +687,7 @@ def test_wrong_uses_end_in_one_clear_line(pretrained, pictures, tmp_path, monkey
     assert not (tmp_path / "runs").exists()  # nothing was begun
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(SystemExit):
         linear.main(["--checkpoint", str(pretrained)])
     assert "torchrun" in capsys.readouterr().err
