@@ -14,11 +14,10 @@ Symbols     x1, x2  views (N, 3, S, S)        f_q, f_k  query and key encoder = 
 Map         Eq. 1 -> info_nce() [E1] | Eq. 2 -> ema_update() [E2] | Algorithm 1 -> main() [A1]
             Section 3.2, the queue -> MoCo.enqueue() [S3.2] | Section 3.3, shuffling BN -> SplitBatchNorm,
             MoCo.forward() [S3.3] | v2, the MLP head -> MoCo [V2]
-Read on     Fig. 2     Large and consistent: end-to-end training has no large dictionary, a memory bank no
-                       consistent one.
+Read on     3.2        End-to-end training has no large dictionary, a memory bank no consistent one (Fig. 2).
             4.1        m from 0.99 to 0.9999 works, 0.9 is considerably worse, 0 does not converge.
             A.9        BatchNorm leaks: pretext accuracy soon passes 99.9 % while kNN falls (Fig. A.1).
-            v2, Tab. 1 MLP head with T 0.2: 5.6 points more (at T 0.07 2.3); blur: 2.8; with the cosine: 6.9.
+            v2, Tab. 1 MLP head with T 0.2: 5.6 points more (at T 0.07 2.3); blur 2.8, both 6.7; all and cosine 6.9.
 Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook   here
             --lr                0.03 x bs/256            0.03 x bs/256             photos, cifar: the same
             --image-size        224                      32                        photos 128, stl10 96, cifar 32
@@ -39,8 +38,9 @@ Published   ImageNet, ResNet-50, linear, 200 epochs: v1 60.6 %, v2 67.5 % (71.1 
             Ours for that: --data cifar10 --knn-split test (no training images held out), then knn.py
             --projector; `knn` here is that of the backbone.
 Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images packed at that size; the papers
-               train ResNet-50 at 224 px and crop the full image. The notebook: ResNet-18, 32 px, as here.
-            2. The cosine falls every step, in the code every epoch.
+               train ResNet-50 at 224 px and crop the full image. The notebook: ResNet-18, 32 px, as here,
+               but for its first layer's weights, PyTorch's default. All in float32; here a GPU takes bf16.
+            2. The cosine falls every step; in the code every epoch, in the notebook's last one to 0.
             3. A folder has thousands of photos, not a million. The longer the queue, the more often it holds an
                old key of the query's own image; and with 10,000 images m = 0.999 averages over 25 epochs. So K
                is at most a quarter of the images, then a power of two (a batch at least): kNN of 4,500 photos
@@ -141,7 +141,7 @@ def bn_groups(splits, batch_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# Views (v1: Section 3.3 "Technical details"; v2 adds SimCLR's blur; figures from the authors' code)
+# Views (v1: Section 3.3 "Technical details"; v2 adds SimCLR's blur, its code milder jitter, before the grey)
 # ------------------------------------------------------------------------------------------------
 
 

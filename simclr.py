@@ -37,15 +37,17 @@ Published   ImageNet, ResNet-50, linear, 1000 epochs: 69.3 %. CIFAR-10, ResNet-5
             k 10, unweighted, on the test images, after 100 (lr 0.06) / 500 / 1000 epochs: 83.2 / 90.3 / 91.4 %,
             linear on stored features 85.6 / - / 91.7 %, with crops and flips 85.0 / - / 91.9 %. Nearest here:
             knn_10 with --knn-split test, whose votes are weighted.
-Departures  1. ResNet-18; the paper trains ResNet-50.
+Departures  1. ResNet-18, crops cut from images packed at --image-size; the paper trains ResNet-50 and crops the
+               full image. On a GPU the network runs in bf16. Without --knn-split test a tenth of a training set
+               that comes without validation images is held out.
             2. `cifar` follows dkobak/simclr-cifar10, which takes SGD, lr and weight decay from SimSiam's
                Appendix D, crops from 0.2, grey 0.1, a hidden layer of 1024. Other than there: warm-up (none),
                BatchNorm in the head (none), one forward for both views (two), residual branches that start
                at zero (they do not), bicubic crops (bilinear), views normalised (in [0, 1]), the cosine per
-               step (per epoch), a last, short batch left out (kept).
-            3. The authors' own command for ResNet-18 on CIFAR-10 is --optimizer lars --lr 1 --epochs 1000
-               --min-crop 0.08 --grey 0.2 --hidden-dim 512, with --weight-decay 1e-6 in their first code (March
-               2020, 2 layers) and with --weight-decay 1e-4 --proj-layers 3 since June 2020.
+               step (per epoch), a last, short batch left out (kept), no bias in the head (there is), first
+               convolution as the others (PyTorch's default).
+            3. --recipe paper takes B.9's values for CIFAR, and for ResNet-18 the authors' first command (March 2020);
+               since June 2020 theirs is --recipe paper --weight-decay 1e-4 --proj-layers 3.
             4. The output of g has BatchNorm without shift, as in the authors' code (the paper is silent); the
                code's scale is left out too, as SimSiam does. --hidden-dim stays as it is whatever --width is;
                the code's is the width of h: set both.
@@ -56,7 +58,10 @@ Departures  1. ResNet-18; the paper trains ResNet-50.
                after 20 epochs 47.4 % against 39.1 (two seeds, width 16, 64 px; no GPU has confirmed it).
             9. The authors' code, not the paper, adds the means of z1's and z2's rows: twice this loss (LARS undoes
                the factor, but for decay, biases and BatchNorm). Its first step has rate 0, its head starts at
-               std 0.01, its convolutions by fan-in; its crops are not antialiased, its blur pads with zeros.
+               std 0.01, its convolutions by fan-in, the first block of every stage has a convolution as shortcut;
+               its crops are not antialiased, its blur pads with zeros and has one sigma a batch, its contrast is
+               around each channel's mean, its brightness is added in the paper's TensorFlow listing. Its SGD, not
+               ours, is Nesterov's and spares BatchNorm the weight decay.
 Health      The loss starts near chance, log(2N - 1), or above it at a low T, and falls; how far depends on N and
             T: only compare runs of the same two. `accuracy` is the share of the 2N outputs that find their
             positive, by chance 1/(2N - 1). Ablations on `toy`, where the recipe
@@ -104,6 +109,10 @@ RECIPES = {
                   weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.5, grey=0.2,
                   jitter_strength=1.0, temperature=0.1, hidden_dim=512, optimizer="lars",
                   lr_scaling="sqrt", knn_every=5),
+    "paper-cifar": dict(image_size=32, stem="cifar", width=64, epochs=1000, batch_size=512, lr=1.0,
+                        weight_decay=1e-6, warmup_epochs=10.0, proj_layers=2, min_crop=0.08, blur=0.0, grey=0.2,
+                        jitter_strength=0.5, temperature=0.5, hidden_dim=512, optimizer="lars",
+                        lr_scaling="linear", knn_every=5),
 }
 
 

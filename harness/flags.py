@@ -191,7 +191,7 @@ def recipe_table(recipes):
     names = dict.fromkeys(name for recipe in recipes.values() for name in recipe)
     rows = [("", *recipes), *((f"--{name.replace('_', '-')}", *(recipe.get(name, "-") for recipe in recipes.values()))
                               for name in names)]
-    return ["".join(f"{str(cell):{10 if i else 20}}" for i, cell in enumerate(row)).rstrip() for row in rows]
+    return ["".join(f"{str(cell):{9 if i else 20}}" for i, cell in enumerate(row)).rstrip() for row in rows]
 
 
 def recipe_of(args, recipes, source):
@@ -204,8 +204,9 @@ def recipe_of(args, recipes, source):
     if kind not in recipes:
         raise UsageError(f"{given}: RECIPES of {args.method}.py has no entry for its kind, {kind!r}")
     if args.recipe == "paper":
-        papers = {"cifar": "cifar", "stl10": "stl10", "photos": "paper"}.get(kind)  # the first two are papers' already
-        if papers not in recipes:
+        names = (f"paper-{kind}", {"photos": "paper", "toy": None}.get(kind, kind))
+        papers = next((name for name in names if name in recipes), None)
+        if not papers:
             raise UsageError(f"--recipe paper: {args.method}.py has none for {given}")
         return recipes[papers]
     images = sum(source.splits["train"].counts)

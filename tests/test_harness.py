@@ -603,7 +603,7 @@ def test_a_whole_module_is_refused_with_the_fix(tmp_path):
 def test_a_network_without_a_run_is_shaped_as_in_the_recipes():
     for name in ("simsiam", "moco", "simclr", "rotnet"):
         for kind, recipe in importlib.import_module(name).RECIPES.items():
-            assert SHAPES[{"paper": "photos"}.get(kind, kind)].items() <= recipe.items(), (name, kind)
+            assert SHAPES[{"paper": "photos", "paper-cifar": "cifar"}.get(kind, kind)].items() <= recipe.items(), (name, kind)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -877,8 +877,8 @@ def test_recipes_and_flags_that_do_not_match_are_refused():
 
 def test_recipe_list_prints_a_table_of_the_defaults(capsys):
     both = {"toy": dict(lr=0.1, batch_size=4), "photos": dict(lr=0.25, batch_size=8, queue=2)}
-    assert recipe_table(both) == ["                    toy       photos", "--lr                0.1       0.25",
-                                  "--batch-size        4         8", "--queue             -         2"]
+    assert recipe_table(both) == ["                    toy      photos", "--lr                0.1      0.25",
+                                  "--batch-size        4        8", "--queue             -        2"]
     with pytest.raises(SystemExit) as end:
         simsiam.parse_args(["--recipe", "list"])
     out = capsys.readouterr().out.splitlines()
@@ -891,6 +891,17 @@ def test_recipe_paper_takes_the_papers_settings_for_photos(start, flags, lr):
     both = RECIPES | {"paper": RECIPES["photos"] | {"lr": 3.2}}
     with start(*flags, "--out", "run", recipes=both) as run:
         assert run.args.lr == lr
+
+
+def test_recipe_paper_of_simclr_on_cifar_is_appendix_b9():
+    import simclr
+
+    def recipe(kind):
+        source = types.SimpleNamespace(kind=kind, splits={"train": pictures.Items([], [], counts=(0, 45_000))})
+        return recipe_of(simclr.parse_args(["--recipe", "paper"]), simclr.RECIPES, source)
+    assert recipe("cifar").items() >= dict(optimizer="lars", lr=1.0, lr_scaling="linear", weight_decay=1e-6,
+                                           min_crop=0.08, grey=0.2, temperature=0.5, epochs=1000).items()
+    assert recipe("photos") == simclr.RECIPES["paper"]
 
 
 def test_recipe_paper_where_there_is_none_is_refused(start):
