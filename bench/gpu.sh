@@ -52,7 +52,7 @@ fi
 
 # The first four minutes: does it run there; images per second of each method, the share of a step outside the
 # network, peak memory. On an NVIDIA H200 the host, not the GPU, set the pace of SimCLR's steps: are CUDA graphs the cure?
-try tests 120 $python -m pytest -q -k "not compiled" tests/test_gpu.py
+try tests 120 $python -m pytest -k "not compiled" tests/test_gpu.py
 show tests 1
 try step-32 90 $python bench/run.py --quick --only training $at32 --steps $steps --json "$out/step-32.json"
 show step-32 9
@@ -69,7 +69,7 @@ if [ -n "$root" ]; then
     show race 12
     # Seconds per epoch on CIFAR-10: the second of two; with DistributedDataParallel around it, too.
     for method in simsiam moco simclr rotnet; do
-        for start in "$python" "torchrun --nproc_per_node=1"; do
+        for start in "$python" "$python -m torch.distributed.run --nproc_per_node=1"; do
             name=cifar-$method; [ "$start" = "$python" ] || name=$name-ddp
             try $name 40 $start $method.py --data cifar10 --data-root "$root" --epochs 2 --knn-every 2 \
                 --out "$out/$name" $cifar
@@ -84,14 +84,12 @@ PYTHON
     done
 fi
 
-# Larger pictures; the other methods compiled; whole steps against bare ones, and the parts.
+# Larger pictures; the other methods compiled; the parts.
 try step-128 90 $python bench/run.py --quick --only training $at128 --steps $steps --json "$out/step-128.json"
 show step-128 9
 try compiled-32 180 $python bench/run.py --quick --only training $at32 --steps $steps --compile \
     --methods simsiam moco rotnet --json "$out/compiled-32.json"
 show compiled-32 6
-try whole-32 60 $python bench/run.py --quick --only whole $at32 --steps $steps --json "$out/whole-32.json"
-show whole-32 8
 try parts 90 $python bench/run.py $quick --only losses knn optimizer --json "$out/parts.json"
 show parts 20
 say "all: $SECONDS s"

@@ -103,10 +103,6 @@ def peer_of(pair, args, *rest):
     return Peer(pair, first_backbone(method, args), RECIPES[method], args, *rest)
 
 
-def fast_precision(args, device):
-    return "bf16" if device.type == "cuda" else common.faster_precision(common.bf16_gain(args.width))
-
-
 # ------------------------------------------------------------------------------------------------
 # speed
 # ------------------------------------------------------------------------------------------------
@@ -114,24 +110,24 @@ def fast_precision(args, device):
 
 def measure_speed(pair, args, dataset, device):
     """{precision: {side: [seconds of a step, one figure a turn]}}."""
-    return {amp: seconds_in_turns(pair, args, dataset, device, amp)
-            for amp in dict.fromkeys(["off", fast_precision(args, device)])}
+    return {amp: seconds_in_turns(pair, args, dataset, device, amp) for amp in dict.fromkeys(["off", args.amp])}
 
 
 def seconds_in_turns(pair, args, dataset, device, amp):
     method, plain, times, others = pair.split("-")[0], Run.steps, {}, {}
 
-    def timed(step):
+    def timed(step, steps=args.steps):
         start = now(device)
-        for _ in range(args.steps):
+        for _ in range(steps):
             step()
-        return (now(device) - start) / args.steps
+        return (now(device) - start) / steps
 
     def turn_of(peer):
         batches = iter(peer.loader(sampler=RandomSampler(dataset.train.labels, num_samples=2**40)))  # never the last
         for _ in range(2 * args.workers + 1):  # as many as the loader prepares in advance, and one
             peer.step(next(batches))
-        return timed(lambda: peer.step(next(batches)))
+        workers = max(1, args.workers)  # which deliver their batches at a time: whole rounds of them
+        return timed(lambda: peer.step(next(batches)), math.ceil(args.steps / workers) * workers)
 
     def begin(run, images):
         parts = parts_of_a_step(method, METHODS[method], run.args, device, run.autocast, images)
@@ -208,22 +204,21 @@ def train_peer(pair, args, dataset, device, folder):
         with torch.no_grad():
             for name, tensor in peer.tensors().items():
                 tensor.copy_(saved["tensors"][name])
+    start = time.perf_counter() - seconds  # saving counts, as in ours
     while seconds < limit and (args.minutes or step < total):
         # An epoch has its own random numbers: a resumed run draws those of one that was never stopped.
         epoch = step // len(ours)
         common.seed_everything(seed := (1_000_003 * args.seed + step) % 2**32)
         np.random.seed(seed)
-        began, passed, first = now(device), seconds, step
+        first, before = step, seconds
         for views in peer.loader(sampler=ours.order(epoch).tolist()):  # in our side's order
-            schedule.step(total * passed / limit if args.minutes else step)
-            loss, step = peer.step(views), step + 1
-            passed = seconds + time.perf_counter() - began
-            if passed >= limit or step == total and not args.minutes:
+            schedule.step(total * seconds / limit if args.minutes else step)
+            loss, step, seconds = peer.step(views), step + 1, time.perf_counter() - start
+            if seconds >= limit or step == total and not args.minutes:
                 break
-        taken = now(device) - began
-        seconds += taken
-        print(f"  epoch {epoch + 1}, step {step:,}, loss {loss:.3f}, {(step - first) * args.batch_size / taken:,.0f} "
-              "images/s", flush=True)
+        seconds = now(device) - start
+        rate = (step - first) * args.batch_size / (seconds - before)
+        print(f"  epoch {epoch + 1}, step {step:,}, loss {loss:.3f}, {rate:,.0f} images/s", flush=True)
         if not loss.isfinite():
             raise common.UsageError(f"the loss of {pair} is {loss.item()} at step {step:,}")
         state = {"step": step, "seconds": seconds, "backbone": peer.backbone_weights(), "tensors": peer.tensors(),
@@ -291,7 +286,7 @@ def print_accuracy(results, args):
 
 # Flags that may be others when a comparison goes on, or that say nothing to it.
 PLACES = ("comparison", "only", "out", "data_root", "cache")
-FREE = {"speed": (*PLACES, "images", "minutes", "warmup", "every", "amp"),
+FREE = {"speed": (*PLACES, "images", "minutes", "warmup", "every"),
         "accuracy": (*PLACES, "steps", "rounds")}
 
 
@@ -317,7 +312,7 @@ def parse_args(argv):
     length.add_argument("--minutes", type=real, help="accuracy: instead of --images; ours plans to use 99 %% of them")
     add("--warmup", type=parser.number(float, low=0, high=1), default=0.05, help="accuracy: share of the run")
     add("--every", type=whole, default=1, help="accuracy: epochs from point to point")
-    add("--amp", choices=("auto", "bf16", "off"), default="auto", help="accuracy: precision of both sides")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto", help="of both sides; speed: float32 as well")
     args = words.parse_args(argv)
     if any(pair.endswith("lightly") for pair in args.only) and not optional("lightly"):
         words.error("lightly is not installed: pip install lightly, or --only simclr-plain rotnet-plain")
@@ -337,7 +332,8 @@ def opened(args, device):
                                         "another folder")
         return file, record
     file.parent.mkdir(parents=True, exist_ok=True)
-    amp = fast_precision(args, device) if args.amp == "auto" else args.amp
+    faster = "bf16" if device.type == "cuda" else common.faster_precision(common.bf16_gain(args.width))
+    amp = faster if args.amp == "auto" else args.amp
     record = {"settings": settings, "amp": amp, "places": {}, "results": {}}
     save(file, json.dumps(record, indent=1).encode())  # before anything is trained with these flags
     return file, record

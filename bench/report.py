@@ -30,9 +30,7 @@ sys.path.insert(0, str(ROOT))
 from harness.parser import Parser  # noqa: E402
 
 PAGES = ("README.md", "RESULTS.md", "results/log.md")
-TABLE = re.compile(r"(<!-- table (\S+) (.*?) : ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
-PEERS = re.compile(r"(<!-- peers (\S+) -->\n).*?(<!-- end -->)", re.S)
-SPEED = re.compile(r"(<!-- speed (\S+) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (table|peers|speed) (\S+)(?: ([^>]*) : ([\w ]+))? -->\n).*?(<!-- end -->)", re.S)
 FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\w+) -->).*?(<!-- end -->)")
 TITLES = {"name": "run", "loo_20": "leave-one-out, k 20", "loo_200": "k 200", "knn": "kNN, k 200", "knn_10": "k 10",
           "untrained": "untrained", "agreement": "agreement", "rank": "rank", "flags": "flags", "seconds": "minutes",
@@ -157,22 +155,19 @@ def rows_of(file, names):
 
 def fill(text):
     """The text of a page with its tables and figures as the measurements have them."""
-    def one_table(match):
-        head, file, names, columns, end = match.groups()
-        return head + "\n" + "\n".join(table(rows_of(file, names), columns.split())) + "\n\n" + end
+    def one_block(match):
+        head, kind, file, names, columns, end = match.groups()
+        if kind == "table":
+            lines = table(rows_of(file, names), columns.split())
+        else:
+            lines = {"peers": peers_table, "speed": speed_table}[kind](json.loads((ROOT / file).read_text()))
+        return "\n".join([head, *lines, "", end])
 
     def one_figure(match):
         head, file, name, column, end = match.groups()
         return head + figure([row.get(column) for row in rows_of(file, name)], column, spread=False) + end
 
-    def whole_file(table):
-        def one_file(match):
-            head, file, end = match.groups()
-            return head + "\n" + "\n".join(table(json.loads((ROOT / file).read_text()))) + "\n\n" + end
-        return one_file
-
-    text = SPEED.sub(whole_file(speed_table), PEERS.sub(whole_file(peers_table), text))
-    return FIGURE.sub(one_figure, TABLE.sub(one_table, text))
+    return FIGURE.sub(one_figure, BLOCK.sub(one_block, text))
 
 
 def panels(count):

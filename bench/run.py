@@ -7,10 +7,6 @@
     optimizer  a step of SGD and of LARS, and MoCo's moving average, for ResNet-18
     training   images per second of each method's own program, against forward and backward of the network alone, and
                what the rest of a step is spent on
-    whole      whole steps of each method's own program, each followed by a bare one on its batch: forward, backward,
-               optimiser
-    beside     images per second of simsiam.py on a CPU beside busy programs, as many as cores, against the same
-               without what harness/threads.py sets
     host       dispatched operations, those on the device + those on the host, of a view and of a step; nothing is timed
 
 The sides of a comparison take turns, so that a slow moment of the machine hits both. "times as fast" is the median of
@@ -23,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -30,7 +27,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -62,8 +58,7 @@ import pictures  # noqa: E402
 import rotnet  # noqa: E402
 import simclr  # noqa: E402
 import simsiam  # noqa: E402
-from harness.folder import read_metrics  # noqa: E402
-from harness.parser import Parser, number  # noqa: E402
+from harness.parser import Parser, file_to_write, number  # noqa: E402
 from harness.run import Run  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,8 +80,8 @@ def optional(name):
 
 def now(device):
     """The clock, once the device has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -170,17 +165,6 @@ class Report:
 # ------------------------------------------------------------------------------------------------
 
 
-def our_view(size, blur):
-    def view(images):
-        x = augment.random_resized_crop(images, size, scale=(0.2, 1.0), flip=0.5)
-        x = augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8, inplace=True)
-        x = augment.random_grayscale(x, p=0.2, inplace=True)
-        if blur:
-            x = augment.gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, inplace=True)
-        return augment.normalize(x, MEAN, STD)
-    return view
-
-
 def pillow_blur(image):
     # As the papers' authors do; several times faster than torchvision's own.
     return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
@@ -205,7 +189,10 @@ def measure_views(report, rounds, device, batches=4):
         images = F.interpolate(torch.rand(batch, 3, 8, 8), size=stored, mode="bicubic")          # smooth colours
         images = images.clamp(0, 1).mul(255).byte()
         pictures = [T.functional.to_pil_image(image) for image in images]
-        ours, theirs = our_view(size, blur), their_view(size, blur)
+        recipe = argparse.Namespace(image_size=size, min_crop=0.2, blur=0.5 * blur)
+        ours = functools.partial(simsiam.view, aspect=torch.ones(batch), generator=common.Draws(0), args=recipe,
+                                 mean=MEAN, std=STD)
+        theirs = their_view(size, blur)
         times = compare({"ours": lambda f=ours, x=images: [f(x) for _ in range(batches)],
                          "PIL": lambda f=theirs, x=pictures: [f(x) for _ in range(batches)]}, rounds, host)
         copies = peak_megabytes(lambda f=ours, x=images: f(x), host) / (batch * 3 * size * size * 4 / 1e6)
@@ -344,6 +331,8 @@ def parts_of_a_step(method, module, args, device, autocast, images=None):
     model = module.build_model(args).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4,
                                 fused=device.type != "meta")
+    if args.compile:
+        model.compile()
     n, size = args.batch_size, args.image_size
     if images is None:
         images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
@@ -402,12 +391,12 @@ def training_flags(given, steps, device, cache):
 
 def measure_training(report, rounds, device, given):
     warm, steps, batch = 5, given.steps, given.batch
-    autocast = common.pick_precision("auto", device, given.width)[0]
     last = warm + steps + 1  # begins when the one before it is done, and takes the end of the run
     pictures.TOY_COUNT["train"] = batch * last  # one epoch: no pause in between
     with tempfile.TemporaryDirectory() as folder:
         for method in given.methods:
-            module = METHODS[method]
+            module, parts = METHODS[method], {}
+            gc.collect()  # the method before: its memory would count as this one's
             flags = [*training_flags(given, last, device, folder), *["--compile"] * bool(given.compile)]
             times, peak = {"ours": []}, None
             for turn in range(min(rounds, 5)):
@@ -418,7 +407,8 @@ def measure_training(report, rounds, device, given):
                 if turn == 0:
                     peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else None
                     args = argparse.Namespace(**harness.load_checkpoint(out)["args"])
-                    parts = parts_of_a_step(method, module, args, device, autocast)
+                    flags += ["--amp", args.amp]  # of all turns and parts, as the first one found
+                    parts = parts_of_a_step(method, module, args, device, common.pick_precision(args.amp, device)[0])
                     for part in parts.values():
                         seconds(lambda part=part: [part() for _ in range(3)], device)
                 for name, part in parts.items():
@@ -437,87 +427,9 @@ def report_training(report, what, times, batch, peak):
           + f", rest {1 - sum(shares.values()):.1%}" + (f"; peak {peak:,.0f} MB" if peak else ""), flush=True)
 
 
-def paired_steps(method, module, flags, warm, device):
-    """Seconds of whole steps of a method's own program, and of bare ones in turn with them: {"ours", "network"}."""
-    times, plain, parts = {"ours": [], "network": []}, Run.steps, {}
-
-    def bare():
-        parts["network"]()
-        parts["optimizer"]()
-
-    def watched(run):
-        batches = plain(run)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-            whole = now(device) - start
-            parts.update(parts or parts_of_a_step(method, module, run.args, run.device, run.autocast, batch[0]))
-            alone = seconds(bare, device)
-            if run.step >= warm:
-                times["ours"].append(whole)
-                times["network"].append(alone)
-
-    with mock.patch.object(Run, "steps", watched):
-        module.main([str(flag) for flag in flags])
-    return times
-
-
-def measure_whole(report, rounds, device, given):
-    warm = 5
-    pictures.TOY_COUNT["train"] = given.batch * (warm + given.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        for method in given.methods:
-            flags = training_flags(given, warm + given.steps, device, folder)
-            times = paired_steps(method, METHODS[method], [*flags, "--out", f"{folder}/{method}"], warm, device)
-            report.row("whole", f"{method}, whole step, w {given.width}", times, given.batch, "/s")
-            outside = statistics.median(1 - b / a for a, b in zip(times["ours"], times["network"], strict=True))
-            print(f"    outside of the network {outside:.1%}", flush=True)
-
-
 # ------------------------------------------------------------------------------------------------
-# beside, host
+# host
 # ------------------------------------------------------------------------------------------------
-
-
-# It ends by itself where this program is killed.
-BUSY = "import os, sys; parent = int(sys.argv[1])\nwhile os.getppid() == parent: pass"
-
-
-def rate_of_simsiam(steps, out, cache, **environment):
-    """Images per second of so many steps on the toy set, in a process that has this environment."""
-    names = ("GOMP_", "OMP_WAIT", "MALLOC_", "GLIBC_TUNABLES")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(names)}
-    flags = ["--max-steps", str(steps), "--knn-every", "0", "--device", "cpu", "--amp", "off", "--quiet",
-             "--batch-size", "64", "--cache", cache, "--out", out]
-    try:
-        subprocess.run([sys.executable, str(ROOT / "simsiam.py"), *flags], env={**plain, **environment}, check=True,
-                       timeout=60)
-    except subprocess.TimeoutExpired:  # threads that spin may stand still for long: what it has at the very most
-        return 64 * steps / 60
-    return read_metrics(out)[-1]["images_per_second"]
-
-
-def measure_beside(report, rounds, device):
-    # The second is what libgomp and glibc do by themselves; said by the user, so it stays.
-    sides = {"ours": {}, "without": {"GOMP_SPINCOUNT": "300000", "GLIBC_TUNABLES": "glibc.malloc.perturb=0"}}
-    turns, steps = (1, 4) if rounds < 5 else (5, 8)
-    for others in (os.cpu_count(),) if rounds < 5 else (0, os.cpu_count()):
-        busy = [subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) for _ in range(others)]
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                times = {name: [] for name in sides}
-                for turn in range(turns):
-                    for name, environment in sides.items():
-                        rate = rate_of_simsiam(steps, f"{folder}/{name}-{turn}", folder, **environment)
-                        times[name].append(1 / rate)
-        finally:
-            for child in busy:
-                child.kill()
-                child.wait()
-        report.row("beside", f"simsiam beside {others} busy loops", times, 1, "/s")
 
 
 class Counted(TorchDispatchMode):
@@ -583,16 +495,7 @@ def measure_host(report, rounds, device, batch=512):
 
 
 SECTIONS = {"views": measure_views, "packing": measure_packing, "losses": measure_losses, "knn": measure_knn,
-            "optimizer": measure_optimizers, "training": measure_training, "whole": measure_whole,
-            "beside": measure_beside, "host": measure_host}
-
-
-def json_file(text):
-    """An argparse type: a file to write, checked before minutes of work."""
-    folder = Path(text).absolute().parent
-    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} must be a file in a folder that can be written to")
-    return text
+            "optimizer": measure_optimizers, "training": measure_training, "host": measure_host}
 
 
 @harness.command
@@ -602,18 +505,19 @@ def main(argv=None):
                         help=f"what to measure: {', '.join(SECTIONS)}")
     parser.add_argument("--quick", action="store_true", help="3 turns instead of 11, of less, in four minutes")
     parser.add_argument("--device", default="auto", help="of all but views and packing")
-    parser.add_argument("--size", type=number(int, low=8), default=32, help="of training and whole: pixels a side")
+    parser.add_argument("--size", type=number(int, low=8), default=32, help="of training: pixels a side")
     parser.add_argument("--batch", type=number(int, low=8), default=None,
-                        help="of both: images per step (default: 64; 32 if --quick)")
-    parser.add_argument("--width", type=number(int, low=1), default=16, help="of both: of the network")
-    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of both")
+                        help="of training: images per step (default: 64; 32 if --quick)")
+    parser.add_argument("--width", type=number(int, low=1), default=16, help="of training: of the network")
+    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar", help="of training")
     parser.add_argument("--steps", type=number(int, low=1), default=None,
-                        help="of both: a turn (default: 20; 5 if --quick)")
+                        help="of training: a turn (default: 20; 5 if --quick)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
-                        help="of both")
+                        help="of training")
     parser.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), metavar="MODE",
                         help="of training: with torch.compile, its time left out; reduce-overhead: with CUDA graphs")
-    parser.add_argument("--json", metavar="FILE", type=json_file, help="also write the seconds of every turn here")
+    parser.add_argument("--json", metavar="FILE", type=file_to_write(".json"),
+                        help="also write the seconds of every turn here")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
     rounds = 3 if args.quick else 11
@@ -626,7 +530,7 @@ def main(argv=None):
     report, threads = Report(), torch.get_num_threads()
     for section in args.only:
         torch.set_num_threads(1 if section in ("views", "packing") else threads)
-        more = (args,) if section in ("training", "whole") else ()
+        more = (args,) if section == "training" else ()
         with mock.patch.object(torch.nn.Module, "compile",
                                functools.partialmethod(torch.nn.Module.compile, mode=args.compile)):
             SECTIONS[section](report, rounds, device, *more)

@@ -93,7 +93,14 @@ def score(run, environment):
 def one(name, command, run, data, out, lock):
     words = command.replace("RUNS/", f"{run.parent}/")
     method, *flags = (word if word != "DATA" else data for word in shlex.split(words))
-    flags = ["--resume", str(run)] if (run / "last.pt").exists() else [*flags, "--out", str(run)]
+    begun = Path(f"{run}.command")
+    if not (run / "last.pt").exists():
+        begun.write_text(command)
+        flags += ["--out", str(run)]
+    elif begun.exists() and begun.read_text() != command:
+        sys.exit(f"{name}: was begun as {begun.read_text()!r}; take that line again, or another name")
+    else:
+        flags = ["--resume", str(run)]
     print(f"{name}: python {method} {' '.join(flags)}", flush=True)
     record = {"name": name, "command": command, "commit": commit(), "machine": machine()}
     with open(f"{run}.log", "a") as log:  # the lock is the training's too: it holds as long as that lives

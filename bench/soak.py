@@ -36,8 +36,6 @@ RUNS = {
     "linear": ["linear.py", "--finetune", "--checkpoint", "simsiam", "--amp", "off", "--device", "cpu", "--quiet",
                "--epochs", "8", "--batch-size", "16", "--save-every", "0.004min"],
 }
-SAME = ("epoch", "step", "loss", "lr", "knn", "std", "accuracy", "rotation", "val_rotation", "val_loss", "top1",
-        "class_mean")
 
 
 def draw_pictures(folder):
@@ -65,8 +63,8 @@ def finish(process):
 def disturb(process, run, rng, longest):
     """End the process at a random moment after its training began; what it was ended by, or None if it was done."""
     log = run / "log.txt"
-    before = log.stat().st_mtime_ns if log.exists() else 0
-    while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+    before = log.stat().st_size if log.exists() else 0  # it speaks once it listens to signals
+    while process.poll() is None and (not log.exists() or log.stat().st_size == before):
         time.sleep(0.005)
     time.sleep(rng.uniform(0, longest))
     number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -83,7 +81,7 @@ def differences(one, two, path=""):
     """Where two checkpoints differ, as text."""
     if isinstance(one, dict) and isinstance(two, dict):
         for key in sorted({*one, *two}, key=str):
-            if key in ("seconds", "args"):  # times and the folder's name
+            if key in ("seconds", "images_per_second", "knn_seconds", "args"):  # times and the folder's name
                 continue
             if key not in one or key not in two:
                 yield f"{path}.{key} stands in one only"
@@ -131,11 +129,9 @@ def main(argv=None):
                 again = [command[0], "--resume", killed.name] if resumable else [*command, "--out", killed.name]
                 process = start(again, folder)
             finish(process)
-            one, two = (torch.load(f / "last.pt", weights_only=True) for f in (folder / name, killed))
+            one, two = ({**torch.load(f / "last.pt", weights_only=True), "metrics": read_metrics(f)}
+                        for f in (folder / name, killed))
             found = list(differences(one, two))
-            rows = [[{key: row.get(key) for key in SAME} for row in read_metrics(f)]
-                    for f in (folder / name, killed)]
-            found += [] if rows[0] == rows[1] else [f"metrics: {rows[0]} and {rows[1]}"]
             total, bad = total + len(kinds), bad + bool(found)
             counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
             print(f"{name:8} {len(kinds):3} ends ({counts}), resumed at steps {', '.join(map(str, at))} of "

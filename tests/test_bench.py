@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,25 +34,6 @@ def test_what_a_step_goes_to(tmp_path, monkeypatch, capsys):
         assert all(len(times) == 3 and min(times) > 0 for times in row["parts"].values())
 
 
-def test_whole_steps_stand_beside_bare_ones_on_their_batches(tmp_path, monkeypatch, capsys):
-    import run
-    for split in ("train", "val", "test"):
-        monkeypatch.setitem(pictures.TOY_COUNT, split, 20)
-    parts, sums = run.parts_of_a_step, []
-
-    def of_batch(*words):
-        sums.append(int(words[-1].sum()))
-        return parts(*words)
-
-    monkeypatch.setattr(run, "parts_of_a_step", of_batch)
-    run.main(["--quick", "--only", "whole", "--width", "4", "--batch", "8", "--steps", "2", "--device", "cpu",
-              "--json", str(tmp_path / "figures.json")])
-    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert [row["what"].split(",")[0] for row in rows] == ["simsiam", "moco", "simclr", "rotnet"]
-    assert all(len(row[f"{side}_seconds"]) == 2 for row in rows for side in ("ours", "peer")) and min(sums) > 0
-    assert len(sums) == 4 and "outside of the network" in capsys.readouterr().out
-
-
 def test_operations_are_counted_by_function_and_device(tmp_path, monkeypatch, capsys):
     import run
 
@@ -72,19 +52,6 @@ def test_operations_are_counted_by_function_and_device(tmp_path, monkeypatch, ca
     assert first == {"rest": [0, 2], "normalize": alone["normalize"]} and first["normalize"][0] > 0
     assert run.augment.normalize is plain and rows[1]["operations"]["network"][0] > 100
     assert all(len(line) <= 79 for line in capsys.readouterr().out.splitlines())
-
-
-def test_the_loops_beside_a_training_end_with_their_program():
-    import run
-    code = (f"import os, subprocess, sys; words = [sys.executable, '-c', {run.BUSY!r}, str(os.getpid())]\n"
-            "print(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)")
-    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout)
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            return
-        time.sleep(0.1)
-    os.kill(pid, 9)
-    pytest.fail("it goes on")
 
 
 @pytest.fixture
@@ -123,6 +90,18 @@ def test_a_race_ends_at_its_target_or_with_its_run(race, tmp_path):
     assert (tmp_path / "race/run/last.pt").exists()
     wrong = race("--target", "1", "--", "nothing.py")
     assert wrong.returncode == 2 and "no such program" in wrong.stderr
+
+
+def test_a_race_that_is_told_to_end_takes_its_run_with_it(tmp_path):
+    environment = dict(os.environ, XDG_CACHE_HOME=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
+    flags = ["--", "simclr.py", "--width", "4", "--epochs", "1000"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "bench/race.py"), "--out", str(tmp_path / "race"), *flags],
+                               env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("     0"):  # the untrained network is scored
+        pass
+    process.terminate()
+    assert process.wait(timeout=60) == 143 and (tmp_path / "race/run/last.pt").exists()
+    assert len(json.loads((tmp_path / "race/race.json").read_text())["rows"]) >= 1
 
 
 def test_the_pages_tables_are_those_of_the_measurements(capsys):
@@ -169,6 +148,16 @@ def test_a_list_of_runs_is_done_once(tmp_path):
     assert one["command"] == "simclr.py --data DATA --width 4 --max-steps 2" and two["code"] == 2
     assert 0 < one["linear"] <= 100 and three["step"] == 1 and three["linear"] == three["top1"]
     assert done.stdout == ""
+
+
+def test_a_run_that_was_begun_with_other_flags_is_not_gone_on_with(tmp_path):
+    run = tmp_path / "runs/few/one"
+    run.mkdir(parents=True)
+    (run / "last.pt").touch()
+    Path(f"{run}.command").write_text("simclr.py --lr 1")
+    (tmp_path / "few.txt").write_text("one simclr.py --lr 2\n")
+    with pytest.raises(SystemExit, match="one: was begun as 'simclr.py --lr 1'"):
+        runs.main([str(tmp_path / "few.txt"), "--runs", str(tmp_path / "runs")])
 
 
 def test_a_run_with_a_leak_trains_on_test_images_and_is_scored(tmp_path, monkeypatch, capsys):
