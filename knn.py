@@ -23,6 +23,7 @@ import contextlib
 import functools
 import io
 import math
+import os
 import time
 import warnings
 
@@ -52,32 +53,14 @@ def nearest(queries, bank, k):
 
     queries  (Q, C) float.  bank (M, C) float.  Rows need not have unit length.
     returns  similarities (Q, k) in [-1, 1] and bank row numbers (Q, k), nearest first.
-    memory   one chunk of similarities, 128 x M, whatever Q is.  On a GPU they are products in TF32, exact to 1e-3.
+    memory   two chunks of similarities, 128 x M, whatever Q is.  On a GPU they are products in TF32, exact to 1e-3.
     raises   ValueError where k exceeds the bank.
     """
     if k > len(bank):
         raise ValueError(f"k = {k} neighbours from a bank of {len(bank)}")
     queries, bank = F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1)
-    chunk, groups = 128, len(bank) // 16
-    buffer = torch.empty(min(chunk, len(queries)), len(bank), device=bank.device)
-    similarities, rows = [], []
-    for part in queries.split(chunk):
-        s = torch.mm(part, bank.T, out=buffer[: len(part)])               # (n, M)
-        if groups <= 2 * k:
-            best, row = s.topk(k)
-        else:
-            # A full top-k costs as much as the product. But deal the bank into groups of 16: an entry of the
-            # k best can only stand in one of the k groups with the largest maxima, so search 16 k entries.
-            grouped = s[:, : 16 * groups].unflatten(1, (16, groups))      # (n, 16, G), group g: column g
-            top = grouped.amax(dim=1).topk(k, sorted=False).indices       # (n, k)
-            inside = grouped.gather(2, top[:, None].expand(-1, 16, -1))   # (n, 16, k)
-            where = top[:, None] + groups * torch.arange(16, device=s.device)[:, None]
-            rest = torch.arange(16 * groups, len(bank), device=s.device).expand(len(s), -1)
-            best, place = torch.cat([inside.flatten(1), s[:, 16 * groups :]], dim=1).topk(k)
-            row = torch.cat([where.flatten(1), rest], dim=1).gather(1, place)
-        similarities.append(best)
-        rows.append(row)
-    return torch.cat(similarities), torch.cat(rows)
+    found = [(part @ bank.T).topk(k) for part in queries.split(128)]      # (n, M), of which (n, k)
+    return torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
 
 
 def knn_predict(queries, bank, bank_labels, num_classes, k=200, temperature=0.1):
@@ -132,6 +115,7 @@ def extract(network, split, dataset, device, autocast, batch_size=None, view=eva
     batch_size  None: 1000 on a GPU, of more than 64 px 250; 125 on a CPU, where more would leave the cache.
     view        what it sees of the images; arguments and result as those of evaluation_view().
     returns     {name: (N, C) float32 on the device}.
+    raises      UsageError for features that are not finite.
     """
     was_training = network.training
     network.eval()
@@ -144,7 +128,10 @@ def extract(network, split, dataset, device, autocast, batch_size=None, view=eva
             for name, features in network(x).items():
                 parts.setdefault(name, []).append(features.float())
     network.train(was_training)
-    return {name: torch.cat(rows) for name, rows in parts.items()}
+    parts = {name: torch.cat(rows) for name, rows in parts.items()}
+    if not all(features.isfinite().all() for features in parts.values()):
+        raise common.UsageError("the features are not finite: try --amp off; in training a lower --lr")
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -422,9 +409,11 @@ def open_data(args, checkpoint, splits):
 
     Where the checkpoint does not know it, --image-size or the kind of the data says it; the data, mean and std.
     """
-    saved = checkpoint["args"]
-    source = pictures.open_source(args.data or saved["data"], args.data_root or saved["data_root"],
-                                  holdout=0.0 if saved["knn_split"] == "test" else 0.1)
+    saved, data = checkpoint["args"], args.data or checkpoint["args"]["data"]
+    # The run's own images are held out as they were; of others some are where they are to be asked about.
+    own = os.path.abspath(data) == os.path.abspath(saved["data"])
+    source = pictures.open_source(data, args.data_root or saved["data_root"],
+                                  holdout=0.1 * (saved["knn_split"] == "val" if own else len({*splits}) > 1))
     flags.note_changes(source, args.data, saved, splits)
     size = checkpoint["image_size"] or args.image_size or flags.SHAPES[source.kind]["image_size"]
     dataset = pictures.pack(source, size, args.cache or saved["cache"], splits=splits,
@@ -448,7 +437,11 @@ def network_of(checkpoint, args, device):
     if not hasattr(model, "projector"):
         raise common.UsageError(f"--projector: a {checkpoint['method']} model has none, or its program is not known: "
                                 "--program FILE.py")
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise common.UsageError(f"--projector: {program} builds another model than that of this run; name the one that "
+                                "trained it: --program FILE.py") from None
     both = torch.nn.Sequential(model.backbone, model.projector).to(device, memory_format=torch.channels_last)
     return Layers(both, ("projector",)), "projector"
 
@@ -507,7 +500,9 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10):
             framed = torch.tensor(colour).view(3, 1, 1).repeat(1, tile.shape[-2] + 6, tile.shape[-1] + 6)
             framed[:, 3:-3, 3:-3] = tile[0]
             tiles.append(framed)
-    save_image(make_grid(torch.stack(tiles), nrow=1 + len(row), padding=2, pad_value=1.0), path)
+    png = io.BytesIO()
+    save_image(make_grid(torch.stack(tiles), nrow=1 + len(row), padding=2, pad_value=1.0), png, format="png")
+    save(path, png.getvalue())
 
 
 @command
@@ -539,8 +534,6 @@ def main(argv=None):
 
     network, name = network_of(checkpoint, args, device)
     features = extract(network, chosen, dataset, device, autocast)[name]  # (N, C), the labelled images first
-    if not features.isfinite().all():
-        raise common.UsageError(f"{args.checkpoint or args.weights}: features are not finite; try --amp off")
     if args.features:
         save(args.features, features_file(chosen, features, dataset.classes))
         print(f"wrote {args.features}: {features.shape[1]} features of {len(chosen):,} {called} images")

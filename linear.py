@@ -65,7 +65,7 @@ import harness
 import knn
 import pictures
 from harness import checkpoint, distributed, flags, weights
-from harness.parser import absolute_path, path
+from harness.parser import absolute_path
 from harness.run import Run, set_up
 
 # ------------------------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ def network_flags(parser):
         ways.add_argument(f"--{way}", dest="way", action="store_const", const=way, help=meaning)
     parser.set_defaults(way="cached")
     add("--data", f"folder of pictures, or {', '.join(pictures.NAMED_DATA)} (default: that of the run, without one "
-        "toy); its classes are those to learn", type=path, default=None)
-    add("--data-root", "where named data sets lie (default: that of the run)", type=path, default=None)
+        "toy); its classes are those to learn", type=flags.data_path, default=None)
+    add("--data-root", "where named data sets lie (default: that of the run)", type=absolute_path, default=None)
 
 
 def parse_args(argv=None):
@@ -141,8 +141,8 @@ def parse_args(argv=None):
         action="store_true")
     add("--no-validation", "train on every labelled training image, choose nothing, and let the last weights "
         "count, as papers do on CIFAR; needs --test", action="store_true")
-    args = harness.parse(parser, argv, fixed=("checkpoint", "weights", "label_fraction", "layer", "raw_features",
-                                              "crop", "optimizer", "no_validation"))
+    args = harness.parse(parser, argv, fixed=("checkpoint", "weights", "label_fraction", "seed", "layer",
+                                              "raw_features", "crop", "optimizer", "no_validation"))
     saved = harness.load_checkpoint(args.resume) if args.resume else None
     if saved and args.way != saved["args"]["way"]:
         parser.error(f"--{args.way}: the run to resume is one of --{saved['args']['way']}")

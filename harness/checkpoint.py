@@ -212,7 +212,9 @@ class Saver:
 def bytes_needed(model, args, epochs, done):
     """Of all checkpoints that a run of so many epochs, `done` of them, has at a time.
 
-    last.pt, the best, the one being written and those that stay; each has the weights and a momentum for most of them.
+    The one being written, those that stay and, where they do not lie there yet, last.pt and the best; each has the
+    weights and a momentum for most of them.
     """
     kept = epochs // args.keep_every - done // args.keep_every if args.keep_every else 0
-    return 2 * (3 + kept) * sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    files = (1 if args.resume else 3) + kept
+    return 2 * files * sum(t.numel() * t.element_size() for t in model.state_dict().values())

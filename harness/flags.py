@@ -32,6 +32,12 @@ PLUMBING = {"method", "kind", "data", "data_root", "download", "cache", "out", "
             "contents", "bf16_gain", "usual_step_lr"}
 
 
+def data_path(text):
+    """An argparse type: --data; a folder's whole path, for a run may be asked for from another folder."""
+    text = path(text)
+    return text if text in pictures.NAMED_DATA or not os.path.isdir(text) else os.path.abspath(text)
+
+
 def training_parser(file, doc, recipes, without=()):
     """A Parser with the flags that every method offers, but those in `without`.
 
@@ -42,10 +48,10 @@ def training_parser(file, doc, recipes, without=()):
     parser.set_defaults(method=Path(file).stem)
     parser.usage, parser.title = "%(prog)s [flags]", "data"
     add, whole, real = partial(_add, parser, without), partial(number, int), partial(number, float)
-    add("--data", f"folder of pictures, or {', '.join(pictures.NAMED_DATA)}", type=path, default="toy")
-    add("--data-root", "where cifar10 ... food101 lie or are downloaded to", type=path, default="./data")
+    add("--data", f"folder of pictures, or {', '.join(pictures.NAMED_DATA)}", type=data_path, default="toy")
+    add("--data-root", "where cifar10 ... food101 lie or are downloaded to", type=absolute_path, default="./data")
     add("--download", "fetch the named data set into --data-root", action="store_true")
-    add("--cache", "folder for packed pictures (default: in the user's cache folder)", type=path, default=None)
+    add("--cache", "folder for packed pictures (default: in the user's cache)", type=absolute_path, default=None)
     add("--skip-unreadable", "go on without pictures that cannot be read; they are counted and listed",
         action="store_true")
     parser.title = "recipe"
@@ -117,7 +123,7 @@ def parse(parser, argv, fixed=()):
     fixed    further flags that a resumed run cannot change.
     returns  args; .resume is the checkpoint to go on with, or None. Flags of the recipes may be None still.
     """
-    args = _absolute(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     for kind, recipe in parser.recipes.items():
         unknown = [name for name in recipe if name not in args]
         if unknown:
@@ -129,7 +135,7 @@ def parse(parser, argv, fixed=()):
     if args.tensorboard:
         tensorboard_writer()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    if args.resume == NEWEST or (args.resume is None and restarted):
+    if args.resume == NEWEST or (args.resume is None and restarted and args.out):
         unset = object()
         everything = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
         given = {name for name, value in vars(everything).items() if value is not unset} - {"resume", "out"}
@@ -148,21 +154,12 @@ def parse(parser, argv, fixed=()):
     return args
 
 
-def _absolute(args):
-    # The run may be resumed or evaluated from another folder.
-    if args.data and args.data not in pictures.NAMED_DATA and os.path.isdir(args.data):
-        args.data = os.path.abspath(args.data)
-    args.data_root = args.data_root and os.path.abspath(args.data_root)
-    args.cache = args.cache and os.path.abspath(args.cache)
-    return args
-
-
 def _parse_resumed(parser, argv, first, fixed):
     saved = dict(checkpoint.load(first.resume, first.method)["args"])
     file = checkpoint.file_of(first.resume)
     for name in ("resume", "views_png", "program"):  # what a checkpoint names is not imported, the user names it again
         saved.pop(name, None)
-    args = _absolute(parser.parse_args(argv, argparse.Namespace(**saved)))  # argparse keeps what is there
+    args = parser.parse_args(argv, argparse.Namespace(**saved))  # argparse keeps what is there
     if first.out and os.path.abspath(first.out) != os.path.abspath(file.parent):
         parser.error(f"--out {first.out}: a resumed run goes on in its own folder, {file.parent}")
     args.out, args.resume = str(file.parent), str(file)

@@ -9,7 +9,7 @@ import torch
 
 from common import AverageMeter, UsageError, clock
 from harness.command import PIPE_CLOSED, silence_stdout
-from harness.distributed import is_main
+from harness.distributed import is_main, size
 
 
 def wrapped(text):
@@ -37,9 +37,9 @@ class Log:
         self.folder, self.stop, self.quiet, self.score, self.title = folder, stop, quiet or not is_main(), score, title
         self.line, self.waiting, self.begun, self.writer = None, [], False, None  # line: the updating one
 
-    def begin(self, tensorboard):
-        self.begun = True
-        self.writer = tensorboard_writer()(str(self.folder.path)) if tensorboard and is_main() else None
+    def begin(self, tensorboard, step):
+        self.begun, writer = True, tensorboard_writer if tensorboard and is_main() else None
+        self.writer = writer and writer()(str(self.folder.path), purge_step=step + 1)  # later ones come again
 
     def show(self, text, **kinds):
         """print() to a stdout that may be gone: a run that has begun saves first, then ends."""
@@ -101,10 +101,10 @@ class Figures:
         self.watchful, self.meters, self.count, self.unchecked, self.looked = watchful, {}, 0, [], time.perf_counter()
 
     def begin(self, saved):
-        """A new epoch, or the rest of one. saved: {name: (sum, count)}."""
+        """A new epoch, or the rest of one. saved: {name: (sum, count)} of all processes."""
         self.meters = {name: AverageMeter() for name in saved}
         for name, (total, count) in saved.items():
-            self.meters[name].sum, self.meters[name].count = total, count
+            self.meters[name].sum, self.meters[name].count = total / size(), count // size()
 
     def record(self, step, lr, **values):
         for name, value in values.items():

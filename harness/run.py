@@ -14,13 +14,13 @@ import common
 import pictures
 from common import UsageError
 from harness import checkpoint, distributed, flags, health
-from harness.command import Interrupted, OwnError, Stop, out_of_memory
+from harness.command import Interrupted, Stop, out_of_memory
 from harness.folder import Folder
 from harness.log import Figures, Log, wrapped
 from harness.parser import flag_text
 from harness.plan import Plan
 from harness.views import ViewsWritten, write_views
-from harness.words import finish, read_scores, say_recipe
+from harness.words import broken, finish, read_scores, say_recipe, too_large
 
 
 def open_run(args, recipes, **derived):
@@ -77,7 +77,7 @@ class Run:
         self.folder, self.stop = Folder(args.out, f"{name or args.method}-{source.name}", bool(self.saved)), Stop()
         self.log = Log(self.folder, self.stop, args.quiet, score, title)
         self.step, self.inside, self.ended, self.saver, self.next_command = 0, False, None, None, None
-        self.before, self.untrained, self.jump = 0.0, None, None  # of a resumed run: seconds, score, rate
+        self.before, self.jump = 0.0, None  # of a resumed run: seconds, rate
         for line in source.description:
             self.say(line)
 
@@ -116,9 +116,9 @@ class Run:
         self.figures = Figures(watchful=self.device.type == "cpu")
         if distributed.is_main():
             needed = checkpoint.bytes_needed(model, self.args, self.plan.epochs, self.epoch)
-            self.folder.make(needed, self.args, self.epoch)
+            self.folder.make(needed, self.args, done(self))
         self.saver = checkpoint.Saver(self.folder, self.args, lambda: state_of(self), self.best_file, best)
-        self.log.begin(self.args.tensorboard)
+        self.log.begin(self.args.tensorboard, self.step)
         self.stop.listen()
         say_recipe(self, chance, lr)
         return distributed.parallel(compiled(model, views, self), self.device, sync_bn)
@@ -157,6 +157,7 @@ class Run:
                 after_step(self, ends)
                 if self.step == self.plan.end:
                     break
+        self.stop.close()  # nothing is left to be saved
 
     def record(self, *, loss, **figures):
         self.figures.record(self.step + 1, self.optimizer.param_groups[0]["lr"], loss=loss, **figures)
@@ -167,8 +168,6 @@ class Run:
         self.plan.evaluated(time.perf_counter() - self.worked, self.step + self.inside)
         row = epoch_row(self, scores)
         self.ended, self.reached = None if self.last else distributed.same(stop), row[self.log.score]
-        if not self.inside:
-            self.untrained = self.reached
         if distributed.is_main():
             tell(self, row)
         return row
@@ -217,9 +216,16 @@ def restore(run):
     changed = [flag_text(n, value) + (f" (was {saved[n]})" if saved[n] is not None else "") for n in names
                if n in saved and (value := getattr(run.args, n, None)) not in (None, saved[n])]
     run.jump = (", ".join(changed), run.optimizer.param_groups[0]["lr"]) if changed and run.step else None
-    scores = {number: score for number, score in read_scores(run).items() if number <= epoch}  # later ones run again
-    run.untrained = scores.pop(0, None)
-    return max(scores.values(), default=None)
+    best = run.folder.path / run.best_file
+    if best.exists() and checkpoint.load(best)["step"] > run.step:
+        return None  # of a branch that is left: whatever comes next is the best
+    # The untrained network is no candidate.
+    return max((score for number, score in read_scores(run).items() if 0 < number <= done(run)), default=None)
+
+
+def done(run):
+    """How many epochs of a resumed run are not run again; the last one of a run that has ended may be no whole one."""
+    return run.epoch + (run.step >= run.plan.end)
 
 
 def write_buffers(optimizer, scaler):
@@ -254,8 +260,9 @@ def begin_epoch(run):
     saved = run.saved if run.saved and run.step % run.epoch_steps and run.step == run.saved["step"] else None
     run.figures.begin(saved["meters"] if saved else {})
     run.reached = None
-    run.log.line = common.Progress(run.plan.end, label(run), quiet=run.log.quiet, per_step=run.args.batch_size,
-                                   first=run.step, show=run.log.show)
+    images = run.batches.passes * len(run.batches.split)  # linear.py keeps a short batch at the end
+    run.log.line = common.Progress(run.plan.end, label(run), quiet=run.log.quiet, first=run.step, show=run.log.show,
+                                   per_step=min(run.args.batch_size, images / run.epoch_steps))
 
 
 def end_epoch(run):
@@ -304,10 +311,7 @@ def check(run):
     if wrong:
         step, lr, loss = wrong
         scale = f", loss scale {run.scaler.get_scale():g}" if run.scaler.is_enabled() else ""
-        saved = (run.folder.path / "last.pt").exists()
-        raise OwnError(f"the loss is {loss} at step {step} (lr {lr:.3g}{scale}): lower --lr, raise --warmup-epochs, "
-                         "or try --amp off; " + (f"the last good checkpoint stays in {run.folder.path}" if saved else
-                                                 "nothing was saved yet"))
+        raise broken(run, f"the loss is {loss} at step {step} (lr {lr:.3g}{scale})")
 
 
 def seconds(run):
@@ -334,16 +338,11 @@ def tell(run, row):
 
 def state_of(run):
     """What a checkpoint holds."""
-    check(run)  # none of a broken network
+    check(run)
+    if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():  # by a gradient, of a finite loss
+        raise broken(run, f"the weights are not finite after step {run.step}")
     state = checkpoint.state_of(*run.parts, run.args, run.dataset, run.epoch, run.step)
     state["args"]["out"] = str(run.folder.path)  # also where no --out named it
-    meters = {name: (meter.sum, meter.count) for name, meter in run.figures.meters.items()}
+    n = distributed.size()  # what the others have seen is not known here: this one stands for all
+    meters = {name: (n * meter.sum, n * meter.count) for name, meter in run.figures.meters.items()}
     return state | {"seconds": seconds(run), "meters": meters, "plan": run.plan.state()} | run.extra()
-
-
-def too_large(args):
-    """The error that names the flags that memory depends on."""
-    names = ("batch_size", "image_size", "width", "dim", "pred_dim", "hidden_dim", "queue_size")
-    sizes = ", ".join(flag_text(name, getattr(args, name)) for name in names if getattr(args, name, None))
-    return OwnError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, --amp bf16 need "
-                      "less too")

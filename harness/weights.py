@@ -133,6 +133,7 @@ def build_model(saved, program):
     if spec is None or not Path(program).is_file():
         raise UsageError(f"--program {program}: no such Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(program).resolve().parent))  # for what it imports, as where it is started
     spec.loader.exec_module(module)
     if not hasattr(module, "build_model"):
         raise UsageError(f"--program {program}: has no build_model(args), as every method has")
@@ -146,9 +147,9 @@ def build_model(saved, program):
 
 
 def precision(args, saved, device):
-    """autocast() of --amp. "auto" on a CPU: what the run took, so that its figures come out again."""
+    """autocast() of --amp. "auto": off if the run took that, on a CPU its bf16 too, so that its figures come again."""
     taken = saved["args"].get("amp")
-    name = taken if args.amp == "auto" and device.type == "cpu" and taken in ("bf16", "off") else args.amp
+    name = taken if args.amp == "auto" and (taken == "off" or device.type == "cpu" and taken == "bf16") else args.amp
     return pick_precision(name, device, saved["width"] or 64)[0]
 
 

@@ -3,8 +3,10 @@
 import torch
 
 from harness import distributed, flags
+from harness.command import OwnError
 from harness.folder import read_metrics
 from harness.log import wrapped
+from harness.parser import flag_text
 
 
 def say_recipe(run, chance, lr):
@@ -44,14 +46,29 @@ def read_scores(run):
 
 def finish(run):
     """What was reached, where it is, what to do next."""
-    args, score, log = run.args, run.saver.best, run.log
-    if args.knn_split == "test":
-        score = next(reversed(read_scores(run).values()), None)
-    if run.untrained is not None and score is not None:
-        log.say(f"{log.title:8}{run.untrained:.2f} % untrained, {score:.2f} % "
+    args, log, scores = run.args, run.log, read_scores(run)
+    untrained = scores.pop(0, None)
+    score = run.saver.best if args.knn_split == "val" else next(reversed(scores.values()), None)
+    if None not in (untrained, score):
+        log.say(f"{log.title:8}{untrained:.2f} % untrained, {score:.2f} % "
                 f"{'at best' if args.knn_split == 'val' else 'at the end, test split'}")
     splits = [getattr(run.dataset, split) for split in ("train", args.knn_split)]
     command = f"python linear.py --checkpoint {run.folder.path}"
     if len(run.dataset.classes) < 2 or not all(split and (split.labels >= 0).any() for split in splits):
         command = f"python knn.py --checkpoint {run.folder.path} --neighbours neighbours.png"  # needs no labels
     log.say(f"next    {run.next_command or command}")
+
+
+def broken(run, what):
+    """The error of a network that is not finite any more."""
+    there = (run.folder.path / "last.pt").exists()
+    return OwnError(f"{what}: lower --lr, raise --warmup-epochs, or try --amp off; " + (
+        f"the last good checkpoint stays in {run.folder.path}" if there else "nothing was saved yet"))
+
+
+def too_large(args):
+    """The error that names the flags that memory depends on."""
+    names = ("batch_size", "image_size", "width", "dim", "pred_dim", "hidden_dim", "queue_size")
+    sizes = ", ".join(flag_text(name, getattr(args, name)) for name in names if getattr(args, name, None))
+    return OwnError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, --amp bf16 need "
+                      "less too")

@@ -134,7 +134,7 @@ def prefetched(images, rows, device):
     def fetch(index):
         host = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
         torch.index_select(images, 0, index, out=host)
-        with torch.cuda.stream(stream):  # does nothing for None
+        with torch.cuda.stream(stream) if cuda else contextlib.nullcontext():
             x = host.to(device, non_blocking=cuda)
             return x, stream.record_event() if cuda else None
 

@@ -94,9 +94,10 @@ def open_source(data, root=None, download=False, holdout=0.1):
                f"no such folder, and none of the names {', '.join(NAMED_DATA)}")
         raise UsageError(f"--data {data}: {why}")
     here = os.path.abspath(data)
-    found = {name: os.path.dirname(here) if os.path.basename(here) == marker else here
-             for name, (markers, *_) in NAMED.items() for marker in markers if name != "imagenette"
-             if os.path.isdir(os.path.join(here, marker)) or os.path.basename(here) == marker}
+    found = {name: root for name, (markers, *_) in NAMED.items() for marker in markers if name != "imagenette"
+             for root, base in ((os.path.dirname(here), here), (here, os.path.join(here, marker)))
+             if os.path.basename(base) == marker and os.path.isdir(base)
+             if name != "food101" or os.path.isfile(os.path.join(base, "meta", "train.json"))}  # or it is one's own
     if len(found) > 1:
         raise UsageError(f"--data {data}: holds {' and '.join(found)}; say which: "
                          f"--data {next(iter(found))} --data-root {data}")

@@ -6,6 +6,7 @@ import copy
 import errno
 import importlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -29,12 +30,13 @@ import pictures
 import simclr
 import simsiam
 from common import ResNet18, TwoCrops, UsageError
-from harness import checkpoint, folder
+from harness import checkpoint, distributed, folder
 from harness.command import Interrupted
 from harness.flags import SHAPES, recipe_of, recipe_table
 from harness.folder import read_metrics
+from harness.log import Figures
 from harness.parser import Parser, path
-from harness.run import Run, set_up
+from harness.run import Run, set_up, state_of
 from harness.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,6 +285,67 @@ def test_kept_checkpoints_stay_and_need_their_space(start, monkeypatch):
     assert kept == ["epoch-0002.pt"] and harness.load_checkpoint(f"run/{kept[0]}")["step"] == 8
     train(start, "--out", "short", "--keep-every", "2", "--max-steps", "6")
     assert not list(Path("short").glob("epoch-*"))  # its second epoch is no whole one
+
+
+def test_what_lies_in_a_run_already_needs_no_space_once_more(start):
+    model = Tiny(more=2_500_000)  # 10 MB
+    new, resumed = (checkpoint.bytes_needed(model, argparse.Namespace(keep_every=1, resume=resume), 3, 1)
+                    for resume in (None, "run/last.pt"))
+    assert (new - resumed) / 2e7 == pytest.approx(2, abs=0.01) and resumed / 2e7 == pytest.approx(3, abs=0.01)
+
+
+def test_weights_that_are_not_finite_are_not_saved(start):
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            return x.sum().clone()
+
+        @staticmethod
+        def backward(_, g):
+            return g * torch.full((4, 4), math.nan)
+
+    def loss(network, images, run):  # finite; its gradient in the last step of the second epoch is not
+        return Gradient.apply(network(images.float())) * 0 if run.step == 7 else loss_of(network, images, run)
+
+    with pytest.raises(UsageError, match="the weights are not finite after step 8: lower --lr.* stays in run"):
+        train(start, "--out", "run", loss=loss)
+    assert harness.load_checkpoint("run")["step"] == 4
+
+
+def test_a_branch_that_is_left_leaves_no_best_network(start):
+    train(start, "--out", "run", "--keep-every", "1", scores={0: 30.0, 1: 40.0, 2: 90.0})
+    train(start, "--resume", "run/epoch-0001.pt", scores={2: 30.0, 3: 35.0})
+    assert harness.load_checkpoint("run/best.pt")["step"] == 12
+    assert "kNN     30.00 % untrained, 35.00 % at best" in Path("run/log.txt").read_text()
+
+
+def test_signals_end_a_program_again_once_the_last_step_is_saved(start):
+    default = signal.getsignal(signal.SIGTERM)
+    with start("--out", "run") as run:
+        model = run.place(Tiny())
+        run.begin(model, torch.optim.SGD(model.parameters(), lr=0.1), chance="0.1")
+        for _ in run.steps():
+            assert signal.getsignal(signal.SIGTERM) != default
+            run.record(loss=torch.zeros(()))
+            if run.epoch_ends:
+                run.report(knn=None)
+        assert signal.getsignal(signal.SIGTERM) == default
+
+
+def test_the_means_of_one_process_stand_for_those_of_all(start, monkeypatch):
+    def save(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "size", lambda: 2)
+            meters.append(state_of(run)["meters"]["loss"])
+        meters.append(state_of(run)["meters"]["loss"])
+
+    meters = []
+    train(start, "--out", "run", "--epochs", "1", at_epoch=save)
+    assert meters[0] == (2 * meters[1][0], 2 * meters[1][1]) and meters[1][1] == 16
+    monkeypatch.setattr("harness.log.size", lambda: 2)
+    figures = Figures(watchful=False)
+    figures.begin({"loss": meters[0]})
+    assert (figures.meters["loss"].sum, figures.meters["loss"].count) == meters[1]
 
 
 def test_save_every(start):
@@ -603,7 +666,8 @@ def test_a_whole_module_is_refused_with_the_fix(tmp_path):
 def test_a_network_without_a_run_is_shaped_as_in_the_recipes():
     for name in ("simsiam", "moco", "simclr", "rotnet"):
         for kind, recipe in importlib.import_module(name).RECIPES.items():
-            assert SHAPES[{"paper": "photos", "paper-cifar": "cifar"}.get(kind, kind)].items() <= recipe.items(), (name, kind)
+            shape = SHAPES[{"paper": "photos", "paper-cifar": "cifar"}.get(kind, kind)]
+            assert shape.items() <= recipe.items(), (name, kind)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from PIL import Image
 import common
 import knn
 import pictures
+import predict
 import simsiam
 
 
@@ -417,6 +418,54 @@ def test_features_that_are_not_finite(place, capsys):
     with pytest.raises(SystemExit) as end:
         run("--data", "loose", "--features", "f.npz")
     assert end.value.code == 2 and "not finite" in capsys.readouterr().err and not Path("f.npz").exists()
+
+
+def test_a_network_that_is_lost_in_the_last_step_of_an_epoch_is_a_line(place, capsys):
+    for i in range(12):
+        place(f"set/{i % 2}/{i}.png", 20 * i)
+    with pytest.raises(SystemExit) as end:
+        simsiam.main(["--data", "set", "--image-size", "16", "--width", "4", "--batch-size", "8", "--step-lr", "1e9",
+                      "--warmup-epochs", "0", "--max-steps", "1", "--amp", "off", "--quiet", "--out", "run"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "not finite" in err and len(err.splitlines()) == 1
+
+
+def test_a_projector_of_another_program_is_refused(place, capsys):
+    for i in range(12):
+        place(f"set/{i % 2}/{i}.png", 20 * i)
+    simsiam.main(["--data", "set", "--image-size", "16", "--width", "4", "--batch-size", "4", "--max-steps", "1",
+                  "--amp", "off", "--quiet", "--out", "run"])
+    Path("helper.py").write_text("from torch import nn\n")
+    Path("mine.py").write_text("import helper, common\n\n\ndef build_model(args):\n"
+                               "    model = helper.nn.Module()\n"
+                               "    model.backbone = common.ResNet18(width=args.width)\n"
+                               "    model.projector = helper.nn.Linear(32, 3)\n    return model\n")
+    with pytest.raises(SystemExit) as end:  # which finds what stands beside it
+        knn.main(["--checkpoint", "run", "--projector", "--program", "mine.py", "--k", "5", "--amp", "off"])
+    assert end.value.code == 2 and "mine.py builds another model than that of this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_what_is_held_out_of_other_pictures_is_no_matter_of_the_run(place, capsys, split):
+    for i in range(24):
+        place(f"set/{'test' if i % 2 else 'train'}/{i // 2 % 2}/{i}.png", 10 * i)
+        place(f"own/{i % 2}/{i}.png", 10 * i)
+    simsiam.main(["--data", "set", "--knn-split", split, "--image-size", "16", "--width", "4", "--batch-size", "4",
+                  "--max-steps", "1", "--amp", "off", "--quiet", "--out", "run"])
+    knn.main(["--checkpoint", "run", "--data", "own", "--k", "5"])
+    assert "2 val images against 22 training images" in capsys.readouterr().out
+    predict.main(["--checkpoint", "run", "--data", "own", "own/0/0.png"])
+    assert "nearest of 24" in capsys.readouterr().err
+
+
+def test_evaluation_is_in_the_precision_that_the_run_was_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(knn.weights, "pick_precision", lambda name, *_: (asked.append(name), [None])[1])
+    for device in ("cpu", "cuda"):
+        for amp, taken in (("auto", "off"), ("auto", "bf16"), ("auto", "auto"), ("bf16", "off")):
+            knn.weights.precision(types.SimpleNamespace(amp=amp), {"args": {"amp": taken}, "width": 4},
+                                  torch.device(device))
+    assert asked == ["off", "bf16", "auto", "bf16", "off", "auto", "auto", "bf16"]
 
 
 def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):

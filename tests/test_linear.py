@@ -350,6 +350,13 @@ def test_label_fraction_of_a_run(pretrained, tmp_path):
     assert row["step"] == 8 and json.loads((tmp_path / "run/scores.json").read_text())["val"]["images"] == 17
 
 
+def test_the_labels_of_a_resumed_run_are_those_of_its_seed(pretrained, tmp_path, capsys):
+    go(pretrained, tmp_path / "run", "--label-fraction", 0.25, "--epochs", 1)
+    with pytest.raises(SystemExit):
+        linear.main(["--resume", str(tmp_path / "run"), "--seed", "1", "--epochs", "2"])
+    assert "--seed" in capsys.readouterr().err
+
+
 def opened_splits(monkeypatch):
     seen, pack = [], sets.pack
 

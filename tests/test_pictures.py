@@ -317,6 +317,14 @@ def test_names_and_paths_that_lead_nowhere(tmp_path):
         assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("place", ["food-101", "food-101/food-101", "food-101/train", "mine/food-101/train"])
+@pytest.mark.parametrize("given", [".", ".."])
+def test_a_folder_of_ones_own_may_bear_the_name_of_a_data_set(tmp_path, place, given):
+    class_folders(tmp_path / place, soup=30, bread=30)
+    source = pictures.open_source((tmp_path / place / given).resolve())
+    assert source.kind == "photos" and sum(source.splits["train"].counts) >= 54
+
+
 # ---- pixels ------------------------------------------------------------------------------------
 
 
@@ -663,6 +671,16 @@ def test_an_epoch_shows_every_image_once(prefetch):
     assert indices(batches, start=7) == []
     other, next_epoch = pictures.Batches(split_of(50), 8, seed=1, drop_last=False), indices(batches, epoch=1)
     assert indices(other) != first and indices(other) != next_epoch
+
+
+def test_streams_of_cuda_are_not_asked_for_elsewhere(monkeypatch):
+    def stream(_):
+        raise AttributeError("module 'torch.mps' has no attribute 'current_device'")
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)  # as on a Mac
+    batches = pictures.Batches(split_of(50), 8)
+    batches.prefetch = True
+    assert len(indices(batches)) == 6
 
 
 def test_short_batches_are_dropped_in_training_only():

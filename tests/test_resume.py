@@ -225,10 +225,12 @@ def test_resume_finds_the_newest_run_of_the_same_command(train, monkeypatch, tmp
 
 def test_a_run_that_torchrun_restarts_goes_on_or_begins_anew(train, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train("simsiam", "--max-steps", "3")  # nothing to go on with
-    (run,) = os.listdir("runs")
-    train("simsiam", "--max-steps", "3")
-    assert os.listdir("runs") == [run]
+    train("simsiam", "--max-steps", "3", "--out", "run")  # nothing to go on with
+    train("simsiam", "--max-steps", "3", "--out", "run")
+    assert [row["step"] for row in read_metrics("run")] == [0, 3]
+    for count in (1, 2):  # without --out it cannot know which, and takes none that is done
+        train("simsiam", "--max-steps", "3")
+        assert len(os.listdir("runs")) == count
 
 
 def test_minutes_between_checkpoints(train, monkeypatch):
