@@ -624,3 +624,16 @@ def test_a_compiled_view_is_the_same_and_is_not_compiled_again(monkeypatch):
             graphs = counters["stats"]["unique_graphs"]
         assert_close(torch.stack(compiled), torch.stack(common.TwoCrops(view)(x, aspect, common.Draws(0, step))))
     assert counters["stats"]["unique_graphs"] == graphs > 0
+
+
+def test_a_coin_that_said_yes_leaves_the_sigmas_uniform():
+    dot = torch.zeros(3000, 3, 21, 21)
+    dot[..., 10, 10] = 1
+    ours = augment.gaussian_blur(dot, (0.5, 2.0), p=0.5, generator=generator())[:, 0, 10, 10]
+    sigma = torch.empty(3000).uniform_(0.5, 2.0, generator=generator(1))
+    assert ks(ours[ours < 1], augment.blur(dot, sigma, 13)[:, 0, 10, 10]) < 1
+
+
+def test_a_coin_that_said_yes_leaves_all_orders_of_the_jitter_equally_likely():
+    order = augment._jitter_draws(48_000, (0.4,) * 3, 0.1, 0.8, generator())[0].bincount(minlength=25)
+    assert (order[:24] - 1600).abs().max() < 4.5 * 40 and abs(order[24] - 9600) < 4.5 * 88  # standard deviations

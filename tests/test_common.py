@@ -167,6 +167,9 @@ def test_averages_need_no_torch_distributed(monkeypatch):
     meter = common.AverageMeter()
     meter.update(3.0, 2)
     assert meter.mean() == 3.0
+
+
+def test_precisions_of_a_cpu():
     with pytest.raises(common.UsageError, match="--amp fp16"):
         common.pick_precision("fp16", torch.device("cpu"))
     autocast, scaler = common.pick_precision("bf16", torch.device("cpu"))

@@ -350,6 +350,24 @@ def test_label_fraction_of_a_run(pretrained, tmp_path):
     assert row["step"] == 8 and json.loads((tmp_path / "run/scores.json").read_text())["val"]["images"] == 17
 
 
+@pytest.mark.parametrize("way", ["--cached", "--probe"])
+def test_both_frozen_ways_standardise(pretrained, pictures, tmp_path, way):
+    model = go(pretrained, tmp_path / "run", way, "--max-steps", 1)["model"]
+    f, _ = features_by_hand(harness.load_checkpoint(pretrained), pictures, "train")
+    torch.testing.assert_close(model["mean"].double(), f.mean(0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model["std"].double(), f.std(0, correction=0), rtol=1e-3, atol=1e-4)
+
+
+def test_fine_tuning_climbs_and_decays(pretrained, tmp_path, monkeypatch):
+    rates, step = [], common.LRScheduler.step
+    monkeypatch.setattr(common.LRScheduler, "step", lambda self, at: rates.append(step(self, at)) or rates[-1])
+    saved = go(pretrained, tmp_path / "run", "--finetune", "--epochs", 3, "--warmup-epochs", 1, "--batch-size", 10,
+               "--step-lr", 0.1)
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    group, = saved["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
+
+
 def test_the_labels_of_a_resumed_run_are_those_of_its_seed(pretrained, tmp_path, capsys):
     go(pretrained, tmp_path / "run", "--label-fraction", 0.25, "--epochs", 1)
     with pytest.raises(SystemExit):
@@ -712,15 +730,16 @@ def test_what_a_user_sees(pretrained, tmp_path, capsys):
     assert any(line.startswith("bee") for line in lines)
 
 
-@pytest.mark.parametrize("images", [257, 450, 1000])
+@pytest.mark.parametrize("images", [257, 450, 1000, 1001])
 def test_no_step_of_an_epoch_is_lost_to_a_short_last_batch(images):
     """Of every way, and at most as many images as there are steps."""
     for way in ("cached", "probe", "finetune", "from-scratch"):
         recipe = linear.RECIPES[way]
-        args = argparse.Namespace(way=way, kind="photos", step_lr=None, crop=None, **dict.fromkeys(recipe))
+        args = argparse.Namespace(way=way, kind="photos", step_lr=None, seed=0, **dict.fromkeys(("crop", *recipe)))
         passes = linear.fill_recipe(args, images, images)
         split = sets.Split(torch.zeros(images, 3, 1, 1, dtype=torch.uint8), torch.zeros(images).long(),
                            torch.ones(images), [])
-        batches = sets.Batches(split, args.batch_size, drop_last=way not in linear.FROZEN, passes=passes)
+        batches = linear.make_batches(args, split, passes, torch.zeros(images, 2), torch.device("cpu"))
         steps = math.ceil(images / min(images, recipe["batch_size"]))
-        assert len(batches) == steps and images - steps * args.batch_size < steps
+        seen = sum(len(labels) for _, _, labels, _ in batches.batches(0))
+        assert len(batches) == steps and (seen == images if way in linear.FROZEN else images - seen < steps)
