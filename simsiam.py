@@ -53,10 +53,10 @@ Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0
             (none)               -0.54 (-0.82)    0.98 (0.99)    46.7 % (82.5 %)
             --no-stop-gradient   -0.94 (-0.89)    0.32 (0.45)    33.7 % (32.5 %)
             --no-predictor       -0.96 (-1.00)    0.81 (0.80)    52.7 % (54.2 %)
-            The paper sees loss -1, std 0 and chance. Runs as short as these are on the way there; what holds them up
-            is z's BatchNorm, which gives each channel unit variance over the batch. With its scale and shift, as in
-            the paper, std is 0.34 and 0.81 after 3 epochs; without it, a change of one line at commit 470e103, 0.09
-            in both, loss -1.00 and -0.99, kNN 28 and 31 %.
+            The paper sees loss -1, std 0 and chance; runs as short as these do not get there, for z's BatchNorm gives
+            each channel unit variance over the batch. With its scale and shift, as in the paper, std is 0.34 and 0.81
+            after 3 epochs; without it, a change of one line at commit 470e103, 0.09 in both, loss -1.00 and -0.99,
+            kNN 28 and 31 %.
 """
 
 import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from

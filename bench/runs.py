@@ -5,10 +5,11 @@
 Each line of the list is `NAME METHOD.py FLAGS`; what stands after # is left out, DATA stands for --data, RUNS for the
 folder of the list's runs, so that a line may begin with another's network: `probe linear.py --checkpoint RUNS/NAME`.
 The runs lie in runs/LIST/NAME, where an interrupted one goes on; those that are done are skipped, so several of these
-programs may work on one list at a time. Each run adds a row to LIST.jsonl, beside the list: command, commit, machine,
-seconds, the last row of its metrics and, where it was pre-training, kNN before training, kNN of the training images by
-leave-one-out (each against all others: more images than a validation split has, so less noise) and `linear`, the top-1
-of a linear layer on cached features (of linear.py, the top-1 that it reports).
+programs may work on one list at a time. Beside the list LIST/NAME.jsonl keeps the metrics of every epoch, and
+LIST.jsonl a row: command, commit, machine, seconds, the last row of the metrics and, where it was pre-training, kNN
+before training, kNN of the training images by leave-one-out (each against all others: more images than a validation
+split has, so less noise) and `linear`, the top-1 of a linear layer on cached features (of linear.py, the top-1 that it
+reports).
 """
 
 import fcntl
@@ -17,6 +18,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +113,9 @@ def one(name, command, run, data, out, lock):
     record["code"] = code
     if code == 0:
         record |= {"untrained": rows[0].get("knn"), **rows[-1], **score(run, os.environ)}
+        logs = out.with_suffix("")
+        logs.mkdir(exist_ok=True)
+        shutil.copy(run / "metrics.jsonl", logs / f"{name}.jsonl")
     with open(out, "a") as file:
         print(json.dumps(record), file=file)
     said = ", ".join(f"{key} {record[key]}" for key in ("loo_20", "untrained", "knn", "linear") if key in record)

@@ -38,8 +38,9 @@ class Log:
         self.line, self.waiting, self.begun, self.writer = None, [], False, None  # line: the updating one
 
     def begin(self, tensorboard, step):
-        self.begun, writer = True, tensorboard_writer if tensorboard and is_main() else None
-        self.writer = writer and writer()(str(self.folder.path), purge_step=step + 1)  # later ones come again
+        self.begun = True
+        if tensorboard and is_main():
+            self.writer = tensorboard_writer()(str(self.folder.path), purge_step=step + 1)  # later ones come again
 
     def show(self, text, **kinds):
         """print() to a stdout that may be gone: a run that has begun saves first, then ends."""

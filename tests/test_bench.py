@@ -148,6 +148,8 @@ def test_a_list_of_runs_is_done_once(tmp_path):
     assert one["command"] == "simclr.py --data DATA --width 4 --max-steps 2" and two["code"] == 2
     assert 0 < one["linear"] <= 100 and three["step"] == 1 and three["linear"] == three["top1"]
     assert done.stdout == ""
+    logs = {file.stem: file.read_text() for file in (tmp_path / "few").iterdir()}
+    assert logs == {name: (tmp_path / "runs/few" / name / "metrics.jsonl").read_text() for name in ("one", "three")}
 
 
 def test_a_run_that_was_begun_with_other_flags_is_not_gone_on_with(tmp_path):

@@ -358,6 +358,15 @@ def test_both_frozen_ways_standardise(pretrained, pictures, tmp_path, way):
     torch.testing.assert_close(model["std"].double(), f.std(0, correction=0), rtol=1e-3, atol=1e-4)
 
 
+def test_a_short_last_batch_counts_as_the_images_it_has(pretrained, tmp_path, monkeypatch):
+    seen, progress = [], common.Progress
+    monkeypatch.setattr(common, "Progress", lambda *words, **kinds: seen.append(kinds["per_step"]) or progress(
+        *words, **kinds))
+    go(pretrained, tmp_path / "run", "--probe", "--batch-size", 39, "--epochs", 1)
+    go(pretrained, tmp_path / "tuned", "--finetune", "--batch-size", 16, "--epochs", 1)  # which drops it
+    assert seen == [20, 16]  # of 40 in two steps
+
+
 def test_fine_tuning_climbs_and_decays(pretrained, tmp_path, monkeypatch):
     rates, step = [], common.LRScheduler.step
     monkeypatch.setattr(common.LRScheduler, "step", lambda self, at: rates.append(step(self, at)) or rates[-1])

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from test_resume import FLAGS
 
 import augment
 import common
@@ -16,8 +17,6 @@ import simclr
 import simsiam
 from harness.run import Run
 
-TINY = ["--data", "toy", "--width", "4", "--image-size", "16", "--epochs", "3", "--batch-size", "8", "--amp", "off",
-        "--device", "cpu", "--knn-every", "0", "--quiet"]
 METHODS = {"simsiam": ["--dim", "16", "--pred-dim", "8"], "moco": ["--queue-size", "32"], "simclr": [], "rotnet": []}
 
 
@@ -29,7 +28,8 @@ def train(tmp_path, monkeypatch):
         monkeypatch.setitem(importlib.import_module("pictures").TOY_COUNT, split, count)
 
     def start(method, *flags):
-        importlib.import_module(method).main([*TINY, "--cache", "cache", "--out", "run", *METHODS[method], *flags])
+        own = ["--data", "toy", "--cache", "cache", "--out", "run", "--knn-every", "0", *METHODS[method]]
+        importlib.import_module(method).main([*FLAGS, *own, *flags])
 
     return start
 
