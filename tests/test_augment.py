@@ -168,7 +168,9 @@ def torchvision_boxes(n, height, width, scale, ratio):
 def test_crop_boxes_follow_torchvisions_law(aspect, scale, ratio):
     n, side = 3000, 64
     width, height = round(side * aspect ** 0.5), round(side / aspect ** 0.5)
-    boxes = augment.crop_boxes(n, side, scale, ratio, torch.full((n,), aspect), generator(7)).double()
+    # Every other picture of the batch is upright: each is cropped by its own shape.
+    aspects = torch.tensor([aspect, 1 / aspect]).repeat(n)
+    boxes = augment.crop_boxes(2 * n, side, scale, ratio, aspects, generator(7)).double()[::2]
     assert boxes.min() >= 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= side
     assert torch.equal(boxes, boxes.round()) and boxes[:, 2:].min() >= 1
     # Theirs, of the original, rounded to pixels of the squashed image; then both in the original's pixels.
@@ -440,7 +442,7 @@ class Counted(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("size, blur, device, host", [(32, 0.0, 100, 60), (128, 0.5, 130, 70)])
+@pytest.mark.parametrize("size, blur, device, host", [(32, 0.0, 115, 75), (128, 0.5, 145, 85)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_an_accelerator_is_asked_for_few_operations(size, blur, device, host, interpolation, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # there is none for "meta"

@@ -98,7 +98,7 @@ def test_a_race_that_is_told_to_end_takes_its_run_with_it(tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "bench/race.py"), "--out", str(tmp_path / "race"), *flags],
                                env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("     0"):  # the untrained network is scored
-        pass
+        assert process.poll() is None
     process.terminate()
     assert process.wait(timeout=60) == 143 and (tmp_path / "race/run/last.pt").exists()
     assert len(json.loads((tmp_path / "race/race.json").read_text())["rows"]) >= 1
@@ -202,7 +202,7 @@ def test_a_run_with_a_leak_trains_on_test_images_and_is_scored(tmp_path, monkeyp
         assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_a_comparison_is_a_table_and_a_chart(tmp_path):
+def test_a_comparison_is_a_table():
     points = [dict(step=0, seconds=0.0, knn_10=28.0, knn_200=27.0),
               dict(step=100, seconds=90.0, knn_10=50.0, knn_200=49.0)]
     record = {"settings": {"batch_size": 256}, "results": {"simclr-ours": points, "simclr-lightly": points}}
@@ -216,10 +216,3 @@ def test_a_comparison_is_a_table_and_a_chart(tmp_path):
     sides["peer, channels_last"][1:] = [7.0, 7.0]
     assert report.speed_table(speed)[3] == (
         "| MoCo, lightly | best: float32, channels_last | 10 | 8 | 80 % | 6 | 1.60 (1.40 to 3.50) |")
-    pytest.importorskip("matplotlib")
-    report.peers_chart(record["results"], tmp_path / "peers.png")
-    rows = [dict(name=f"labels-{way}-{share}-s0", linear=share, code=0) for way in ("scratch", "probe")
-            for share in (1, 10)] + [dict(name="labels-probe-100-s0", code=1)]  # it failed
-    report.labels_chart(rows, tmp_path / "labels.png")
-    for name in ("peers", "labels"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

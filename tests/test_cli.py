@@ -168,12 +168,6 @@ def test_a_copied_method_runs(run, food, tmp_path):
     assert "epoch 1/1" in out and (tmp_path / "run/last.pt").exists()
 
 
-def test_views_picture(run, food, tmp_path):
-    run("simsiam.py", "--data", food, *TINY, "--views-png", "views.png")
-    assert Image.open(tmp_path / "views.png").size == (4 + 3 * 100, 4 + 8 * 100)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_loose_pictures_train_without_knn(run, tmp_path):
     for i in range(9):
         draw(tmp_path / "loose" / f"{i}.jpg", i % 2, random.Random(i))

@@ -123,17 +123,22 @@ def test_schedule_warms_up_then_follows_the_cosine():
     assert schedule.step(55) == pytest.approx(expected[55])  # no state: any step in any order
 
 
+def test_progress_counts_the_images_since_it_began(monkeypatch):
+    lines, now = [], [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    line = common.Progress(40, per_step=8, first=20, show=lambda text, **_: lines.append(text))
+    line.terminal, line.every = False, 30.0
+    now[0] = 40.0
+    line.update(30)
+    assert line.rate == 2.0 and lines[0].endswith("30/40  2 images/s  0:40 left")
+
+
 def test_schedule_in_steps_and_constant():
     steps = common.LRScheduler(make_optimizer(), 1.0, 200, kind="steps", milestones=(60, 120), factor=0.2)
     assert [steps.lr_at(s) for s in (0, 59, 60, 119, 120)] == pytest.approx([1, 1, 0.2, 0.2, 0.04])
     assert common.LRScheduler(make_optimizer(), 0.3, 9, kind="constant").lr_at(8) == 0.3
     with pytest.raises(ValueError, match="kind"):
         common.LRScheduler(make_optimizer(), 1.0, 1, kind="linear")
-
-
-def test_precision_and_device_errors():
-    with pytest.raises(common.UsageError, match="--device cuda:77"):
-        common.pick_device("cuda:77")
 
 
 def test_a_device_that_cannot_add_is_refused_with_its_own_words(monkeypatch):

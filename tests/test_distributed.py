@@ -6,6 +6,7 @@ import shutil
 import socket
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import simsiam
 from harness import distributed
 from harness.folder import read_metrics
 from harness.log import Figures
-from harness.run import set_up
+from harness.run import Run, set_up
 
 METHODS = {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}
 N = 12  # images of a whole batch
@@ -200,6 +201,26 @@ def check_precision():
     assert args.amp == "bf16" and autocast().fast_dtype == torch.bfloat16
 
 
+def check_run(name, words):
+    """A short run ends with the same weights on all processes, and SimCLR's loss sees the outputs of all."""
+    models, rows, begin, loss = [], set(), Run.begin, simclr.nt_xent
+
+    def look(run, model, *arguments, **kinds):
+        models.append(model)
+        return begin(run, model, *arguments, **kinds)
+
+    def count(z1, *arguments):
+        rows.add(len(z1))
+        return loss(z1, *arguments)
+
+    with mock.patch.object(Run, "begin", look), mock.patch.object(simclr, "nt_xent", count):
+        METHODS[name].main(words)
+    for label, p in models[0].named_parameters():
+        first, last = distributed.gather(p.detach()[None])[[0, -1]]
+        assert torch.equal(first, last), label
+    assert rows == ({N} if name == "simclr" else set())
+
+
 def work(rank, world, port, folder, jobs):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -259,9 +280,9 @@ def outcomes(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(torch.randint(0, 256, (16, 16, 3), generator=g, dtype=torch.uint8).numpy()).save(path)
     jobs = [(title, function, arguments) for title, (function, arguments) in CHECKS.items()]
-    for name, method in METHODS.items():
+    for name in METHODS:
         more = ["--bn-splits", "2", "--queue-size", "24"] if name == "moco" else []
-        jobs.append((f"run of {name}", method.main, (flags(folder, name) + more,)))
+        jobs.append((f"run of {name}", check_run, (name, flags(folder, name) + more)))
     return folder, launch(2, folder, jobs)
 
 

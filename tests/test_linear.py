@@ -645,6 +645,18 @@ def test_other_optimisers_learn_too(pretrained, tmp_path, flags):
     assert rows[-1]["loss"] < 0.8 * math.log(3)
 
 
+def test_adamw_takes_the_weight_decay():
+    args = argparse.Namespace(optimizer="adamw", weight_decay=0.3)
+    assert linear.make_optimizer(args, [torch.nn.Parameter(torch.ones(2))], 0.1).param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("kind, crop", [("toy", "pad"), ("cifar", "pad"), ("stl10", "resized"), ("photos", "resized")])
+def test_small_pictures_are_shifted_and_photos_cropped(kind, crop):
+    args = argparse.Namespace(way="probe", kind=kind, step_lr=None, **dict.fromkeys(("crop", *linear.RECIPES["probe"])))
+    linear.fill_recipe(args, 1000, 1000)
+    assert args.crop == crop
+
+
 def test_steps_fall_to_a_tenth_twice(pretrained, tmp_path):
     go(pretrained, tmp_path / "run", "--schedule", "steps", "--epochs", 10, "--eval-every", 1, "--lr", 30)
     rates = [row["lr"] / (30 * 40 / 256) for row in harness.folder.read_metrics(tmp_path / "run")[1:]]
@@ -665,38 +677,15 @@ def test_the_picture_of_a_confusion_matrix():
         assert 900 < image.width < 4100 and abs(image.width - image.height) < 80
 
 
-def wrong_uses(tmp_path, pictures, pretrained):
-    """name -> (flags, what the line must name)"""
-    for i in range(4):
-        draw(tmp_path / "one/train/only" / f"{i}.png", 0, random.Random(i))
-        draw(tmp_path / "loose" / f"{i}.png", 0, random.Random(i))
-        for name in ("a", "b"):
-            draw(tmp_path / "single" / name / "0.png", 0, random.Random(i))
-            draw(tmp_path / "blind/train" / name / f"{i}.png", 0, random.Random(i))
-        draw(tmp_path / "blind/test" / f"{i}.png", 0, random.Random(i))
+def wrong_uses(tmp_path, pretrained):
+    """name -> (flags, what the line must name): those that need a finished run; others are in test_wrong_uses.py."""
     go(pretrained, tmp_path / "done", "--epochs", 1)
     run = ["--checkpoint", pretrained]
     return {
-        "no checkpoint": ([], ["--checkpoint"]),
-        "missing checkpoint": (["--checkpoint", "nowhere"], ["nowhere"]),
-        "a run of linear.py": (["--checkpoint", "done"], ["--checkpoint", str(pretrained)]),
-        "two ways": ([*run, "--probe", "--finetune"], ["--probe", "--finetune"]),
-        "layer that would train": ([*run, "--finetune", "--layer", "layer2"], ["--layer", "--probe"]),
         "raw that would train": ([*run, "--from-scratch", "--raw-features"], ["--raw-features", "--probe"]),
         "crops of cached features": ([*run, "--crop", "pad"], ["--crop", "--probe"]),
         "nothing to stop by": ([*run, "--no-validation", "--test", "--stop-at-accuracy", "90"],
                                ["--stop-at-accuracy", "--no-validation"]),
-        "a share to stop at": ([*run, "--stop-at-accuracy", "0.95"], ["--stop-at-accuracy 0.95", "33.3", "95?"]),
-        "chance to stop at": ([*run, "--stop-at-accuracy", "33"], ["--stop-at-accuracy 33", "33.3", "take more"]),
-        "nothing measured": ([*run, "--no-validation"], ["--no-validation", "--test"]),
-        "rate of another optimiser": ([*run, "--optimizer", "lars"], ["--optimizer lars", "--lr", "--step-lr"]),
-        "no labels asked for": ([*run, "--label-fraction", "0"], ["--label-fraction", "above 0"]),
-        "more than all labels": ([*run, "--label-fraction", "2"], ["--label-fraction", "at most 1"]),
-        "one class": ([*run, "--data", "one"], ["--data", "one class"]),
-        "no labels": ([*run, "--data", "loose"], ["--data", "no labelled train"]),
-        "no validation": ([*run, "--data", "single"], ["no labelled val", "--no-validation"]),
-        "no test labels": ([*run, "--data", "blind", "--test"], ["no labelled test", "--test"]),
-        "batch too large": ([*run, "--batch-size", "41"], ["--batch-size 41", "40"]),
         "another way resumed": (["--resume", "done", "--probe"], ["--probe", "--cached"]),
         "another layer resumed": (["--resume", "done", "--layer", "layer1"], ["--layer", "layer4"]),
         "folder taken": ([*run, "--out", "done"], ["--out", "--resume"]),
@@ -707,8 +696,8 @@ def wrong_uses(tmp_path, pictures, pretrained):
     }
 
 
-def test_wrong_uses_end_in_one_clear_line(pretrained, pictures, tmp_path, monkeypatch, capsys):
-    cases = wrong_uses(tmp_path, pictures, pretrained)
+def test_wrong_uses_end_in_one_clear_line(pretrained, tmp_path, monkeypatch, capsys):
+    cases = wrong_uses(tmp_path, pretrained)
     monkeypatch.chdir(tmp_path)
     for name, (flags, words) in cases.items():
         capsys.readouterr()

@@ -40,9 +40,21 @@ def train(tmp_path, monkeypatch):
     (moco, "paper", dict(lr=0.03, weight_decay=1e-4, queue_size=65536, momentum_encoder=0.999, temperature=0.2)),
     (moco, "cifar", dict(lr=0.03, weight_decay=5e-4, queue_size=4096, momentum_encoder=0.99, temperature=0.1)),
     (simclr, "paper", dict(lr=1.2, weight_decay=1e-6, temperature=0.1, min_crop=0.08, lr_scaling="sqrt")),
-    (rotnet, "cifar", dict(lr=0.2, weight_decay=5e-4, schedule="steps", crop="pad", epochs=200))])
+    (rotnet, "cifar", dict(lr=0.2, weight_decay=5e-4, schedule="steps", crop="pad", epochs=200)),
+    (linear, "probe", dict(lr=0.1, batch_size=256, epochs=100, weight_decay=0.0))])
 def test_recipes_are_those_of_the_papers(method, kind, paper):
     assert method.RECIPES[kind].items() >= paper.items()
+
+
+@pytest.mark.parametrize("method, kind, measured", [
+    (simclr, "cifar", dict(lr=0.03, weight_decay=5e-4, temperature=0.5, min_crop=0.2, grey=0.1, hidden_dim=1024)),
+    (simclr, "photos", dict(lr=1.2, weight_decay=1e-6, temperature=0.1, min_crop=0.08, jitter_strength=0.5)),
+    (simsiam, "photos", dict(lr=0.5, weight_decay=1e-4, warmup_epochs=10.0, batch_size=256)),
+    (moco, "photos", dict(lr=0.03, weight_decay=1e-4, momentum_encoder=0.99, temperature=0.2, head="mlp")),
+    (rotnet, "photos", dict(lr=0.4, batch_size=32, min_crop=0.5, schedule="cosine", warmup_epochs=10.0)),
+    (linear, "finetune", dict(lr=0.2, weight_decay=5e-4, batch_size=128, warmup_epochs=5.0))])
+def test_other_recipes_are_those_that_were_measured(method, kind, measured):
+    assert method.RECIPES[kind].items() >= measured.items()
 
 
 @pytest.mark.parametrize("method, flags", [*((name, []) for name in METHODS), ("simclr", ["--optimizer", "lars"])])
@@ -65,6 +77,62 @@ def test_what_learns_and_how(train, monkeypatch, method, flags):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_stem_is_the_one_that_was_asked_for(train, method):
+    train(method, "--max-steps", "1", "--image-size", "32", "--stem", "imagenet")
+    assert torch.load("run/last.pt", weights_only=True)["backbone"]["conv1.weight"].shape[2:] == (7, 7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_gradient_of_the_step_before_is_left(train, monkeypatch, method):
+    steps = Run.steps
+
+    def spoilt(run):
+        for batch in steps(run):
+            for p in run.model.parameters():
+                p.grad = torch.full_like(p, float("nan")) if p.requires_grad else None
+            yield batch
+
+    monkeypatch.setattr(Run, "steps", spoilt)
+    train(method, "--max-steps", "2")
+    assert all(x.isfinite().all() for x in torch.load("run/last.pt", weights_only=True)["model"].values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_is_for_the_network_in_training_and_evaluation_but_not_for_the_loss(train, monkeypatch, method):
+    seen, losses, features, record = set(), [], common.ResNet18.features, Run.record
+
+    def look(network, *words):
+        found = features(network, *words)
+        seen.update((network.training, x.dtype) for x in found.values())
+        return found
+
+    monkeypatch.setattr(common.ResNet18, "features", look)
+    monkeypatch.setattr(Run, "record", lambda run, *, loss, **figures: (
+        losses.append(loss), record(run, loss=loss, **figures)))
+    train(method, "--max-steps", "1", "--knn-every", "1", "--amp", "bf16")
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)} and losses[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("method, flags", [*((name, []) for name in METHODS), ("simclr", ["--optimizer", "lars"]),
+                                           ("linear", ["--finetune"])])
+def test_a_scaled_loss_trains_the_same_weights(train, tmp_path, monkeypatch, method, flags):
+    """fp16's scaler, by a power of two, about a network in float32."""
+    pick, weights = common.pick_precision, []
+    if method == "linear":
+        train("simsiam", "--max-steps", "1")
+    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+        monkeypatch.setattr(common, "pick_precision", lambda *words, s=scaler, **kinds: (pick(*words, **kinds)[0], s))
+        out = str(tmp_path / f"run{len(weights)}")
+        if method == "linear":
+            linear.main(["--checkpoint", "run", "--out", out, "--quiet", "--device", "cpu", "--amp", "off",
+                         "--batch-size", "8", "--max-steps", "3", *flags])
+        else:
+            train(method, "--max-steps", "3", "--out", out, *flags)
+        weights.append(torch.load(f"{out}/last.pt", weights_only=True)["model"])
+    assert scaler.get_scale() == 2.0**12 and all(torch.equal(weights[0][name], x) for name, x in weights[1].items())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_rate_climbs_first(train, monkeypatch, method):
     rates, step = [], common.LRScheduler.step
     monkeypatch.setattr(common.LRScheduler, "step", lambda self, at: rates.append(step(self, at)) or rates[-1])
@@ -73,12 +141,15 @@ def test_the_rate_climbs_first(train, monkeypatch, method):
 
 
 def test_simsiams_loss_is_between_different_views(train, monkeypatch):
-    outputs, met, forward, loss = [], [], simsiam.SimSiam.forward, simsiam.symmetric_loss
+    outputs, met, stopped, forward, loss = [], [], [], simsiam.SimSiam.forward, simsiam.symmetric_loss
     monkeypatch.setattr(simsiam.SimSiam, "forward", lambda self, x: outputs.append(forward(self, x)) or outputs[-1])
-    monkeypatch.setattr(simsiam, "symmetric_loss", lambda *words, **kinds: met.append(words) or loss(*words, **kinds))
+    monkeypatch.setattr(simsiam, "symmetric_loss", lambda *words, stop_gradient: (
+        met.append(words), stopped.append(stop_gradient), loss(*words, stop_gradient))[-1])
     train("simsiam", "--max-steps", "1")
     (first, second), ((p1, z1, p2, z2),) = outputs, met
     assert all(map(torch.equal, (p1, z1, p2, z2), (*first, *second))) and not torch.equal(z1, z2)
+    train("simsiam", "--max-steps", "1", "--no-stop-gradient", "--out", "ablation")
+    assert stopped == [True, False]
 
 
 def test_rotnets_loss_is_focal_where_it_is_asked_for(train, monkeypatch):
@@ -108,6 +179,7 @@ def test_views_take_the_papers_strengths(monkeypatch, method, v1):
     assert list(calls) == ["random_resized_crop", first, last, "gaussian_blur"]
     (_, crop), (strengths, jitter), (_, grey), (_, blur) = (calls[name] for name in names)
     assert (crop["scale"], crop["flip"], grey["p"], blur["p"]) == ((0.3, 1.0), 0.5, 0.2, 0.4)
+    assert blur["sigma"] == (0.1, 2.0)
     assert (strengths, jitter["p"]) == (((0.4, 0.4, 0.4, 0.4), 1.0) if v1 else ((0.4, 0.4, 0.4, 0.1), 0.8))
 
 

@@ -184,14 +184,14 @@ def test_view_takes_the_papers_strengths(monkeypatch):
     for name in ("random_resized_crop", "color_jitter", "random_grayscale", "gaussian_blur"):
         monkeypatch.setattr(augment, name, spy(name, getattr(augment, name)))
     images = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
-    make_views(view_args(image_size=224, jitter_strength=0.5, min_crop=0.08, grey=0.2), images)
+    make_views(view_args(image_size=224, jitter_strength=0.75, min_crop=0.3, grey=0.15, blur=0.35), images)
     assert list(calls) == ["random_resized_crop", "color_jitter", "random_grayscale", "gaussian_blur"]
     crop, jitter, grey, blur = calls.values()
-    assert crop[0] == (224,) and crop[1]["scale"] == (0.08, 1.0) and crop[1]["interpolation"] == "bicubic"
+    assert crop[0] == (224,) and crop[1]["scale"] == (0.3, 1.0) and crop[1]["interpolation"] == "bicubic"
     assert crop[1]["flip"] == 0.5
-    assert jitter[0] == pytest.approx((0.4, 0.4, 0.4, 0.1)) and jitter[1]["p"] == 0.8
-    assert grey[1]["p"] == 0.2
-    assert blur[1]["kernel_size"] == 23 and blur[1]["sigma"] == (0.1, 2.0) and blur[1]["p"] == 0.5
+    assert jitter[0] == pytest.approx((0.6, 0.6, 0.6, 0.15)) and jitter[1]["p"] == 0.8
+    assert grey[1]["p"] == 0.15
+    assert blur[1]["kernel_size"] == 23 and blur[1]["sigma"] == (0.1, 2.0) and blur[1]["p"] == 0.35
 
 
 def test_without_colour_jitter_only_the_colours_differ():
@@ -334,7 +334,7 @@ def test_a_run_takes_one_forward_a_step_and_the_schedule_counts_steps(toy, monke
     monkeypatch.setattr(simclr.SimCLR, "forward", forward)
     monkeypatch.setattr(simclr, "nt_xent", loss)
     flags = ["--width", "4", "--batch-size", "16", "--optimizer", "lars", "--lr", "1.2", "--lr-scaling", "sqrt",
-             "--epochs", "5", "--warmup-epochs", "1", "--max-steps", "20", "--knn-every", "0"]
+             "--epochs", "5", "--warmup-epochs", "1", "--max-steps", "20", "--knn-every", "0", "--temperature", "0.3"]
     rows = toy("schedule", *flags)
     top = 0.075 * math.sqrt(16)
     warm = [top * (i + 1) / 4 for i in range(4)]
@@ -342,7 +342,7 @@ def test_a_run_takes_one_forward_a_step_and_the_schedule_counts_steps(toy, monke
     assert rates == pytest.approx(warm + cosine)
     assert len(passes) == len(losses) == 20  # both views in one forward, the first half view 1
     for (x, z), (z1, z2, temperature) in zip(passes, losses, strict=True):
-        assert torch.equal(torch.cat([z1, z2]), z) and len(z1) == 16 and temperature == 0.5
+        assert torch.equal(torch.cat([z1, z2]), z) and len(z1) == 16 and temperature == 0.3
         assert len(x) == 32 and not torch.equal(x[:16], x[16:])
     assert rows[-1]["lr"] == pytest.approx(rates[-1], abs=1e-6) and rows[-1]["step"] == 20
     log = (toy.folder / "schedule/log.txt").read_text()

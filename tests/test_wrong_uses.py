@@ -275,10 +275,6 @@ def test_wrong_use(place, monkeypatch, capsys, program, flags, words):
     assert set(place.iterdir()) - before <= {place / "cache"}  # no run was begun
 
 
-def test_there_are_many_of_them():
-    assert len(CASES) >= 60
-
-
 def test_too_little_space_is_said_before_training(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     usage = shutil.disk_usage(place)
