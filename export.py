@@ -1,21 +1,20 @@
 """The network of a run as a plain file of weights, for torchvision or timm.
 
     python export.py runs/simsiam-food-11-... backbone.pth
-    python export.py runs/linear-food-11-.../linear.pt classifier.pth
+    python export.py runs/linear-cached-food-11-.../linear.pt classifier.pth
 
 Writes tensors alone, under torchvision's names, and beside them a .json file of
 how the network is shaped and fed. The classifier of a linear.py run goes along
 if it reads layer4, as torchvision's does. Prints the lines that load the file.
 """
 
-import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # before torch: how threads wait, where memory comes from
 import json
 from pathlib import Path
 
 import torch
 
 import common
-import harness
 import knn
 from harness.checkpoint import file_of, save, shapes
 from harness.parser import Parser, path

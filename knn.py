@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 import augment
 import common
@@ -153,7 +153,7 @@ def effective_rank(features):
     returns   exp of the entropy of the singular values, which are those of features that are not centred.
     Source    RankMe: Garrido et al. 2023, arXiv 2210.02885, Section 3.1.
     """
-    # In double precision, which mps lacks, the Gram matrix is exact enough, and soon made.
+    # In double precision, which mps lacks, the Gram matrix is exact enough, and quick to compute.
     z = (features.cpu() if features.device.type == "mps" else features).double()
     z = z if len(z) >= z.shape[1] else z.T
     sigma = torch.linalg.eigvalsh((z.T @ z).cpu()).clamp(min=0).sqrt()    # (min(N, C),)
@@ -469,8 +469,8 @@ def print_accuracy(args, queries, truth, bank, labels, classes):
     similarity, rows = nearest(queries, bank, max(ks))
     for k in ks:
         votes = vote(similarity[:, :k], rows[:, :k], labels, len(classes), args.temperature)
-        votes, order = votes.topk(min(5, len(classes)))
-        right = (order == truth[:, None]) & (votes > 0)  # a class without a vote was not named
+        order = votes.argsort(dim=1, descending=True, stable=True)[:, :5]  # of equal votes the first class's counts
+        right = (order == truth[:, None]) & (votes.gather(1, order) > 0)  # a class without a vote was not named
         top1, top5 = (100.0 * right[:, :n].any(dim=1).sum().item() / len(truth) for n in (1, 5))
         print(f"k {k:<4} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %")
         first = order[:, 0] if first is None else first
@@ -501,7 +501,7 @@ def neighbour_grid(path, queries, bank, query_features, bank_features, rows=10):
             framed[:, 3:-3, 3:-3] = tile[0]
             tiles.append(framed)
     png = io.BytesIO()
-    save_image(make_grid(torch.stack(tiles), nrow=1 + len(row), padding=2, pad_value=1.0), png, format="png")
+    save_image(torch.stack(tiles), png, format="png", nrow=1 + len(row), padding=2, pad_value=1.0)
     save(path, png.getvalue())
 
 
@@ -550,7 +550,7 @@ def main(argv=None):
     if measured:
         print_accuracy(args, features, queries.labels, bank_features, bank.labels, dataset.classes)
     elif args.split != "train":
-        print(f"no accuracy: it takes labelled training and labelled {args.split} images")
+        print(f"no accuracy: it takes labelled training and labelled {args.split} images, of two classes")
     if args.neighbours:
         neighbour_grid(args.neighbours, queries, bank, features, bank_features)
         frames = "green: same class" if min(bank.labels.amax(), queries.labels.amax()) >= 0 else "grey: no labels"

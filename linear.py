@@ -36,7 +36,7 @@ Departures  1. Features are first brought to mean 0 and unit standard deviation 
                RotNet's code, so the baseline is not cut short where labels are few. (It has more steps where they
                are fewer than a batch.)
             4. --finetune and --from-scratch share one recipe, the usual supervised one: 0.2 x bs/256, batch 128,
-               weight decay 5e-4, a warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): short runs got less far. The
+               weight decay 5e-4, a warm-up. SimCLR fine-tunes at 0.05 x bs/256 (B.5): in short runs that did worse. The
                gradient's norm is kept below 1: LARS leaves large scales in BatchNorm, and without that fine-tuning
                diverges (10 % of ten classes; with it 49.4 %, from scratch 43.5: docs/your-pictures.md).
             5. `toy` takes fewer epochs: see the table below.
@@ -47,12 +47,13 @@ Health      The loss starts near log(classes), val_loss with it; val_loss that r
             0.0025) that falls to 34.5 %, while a --probe of SimCLR's run has 96.9 % (one seed, validation images).
 """
 
-import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # before torch: how threads wait, where memory comes from
 import functools
 import io
 import json
 import math
 import os
+import shlex
 
 import torch
 import torch.nn as nn
@@ -61,7 +62,6 @@ from PIL import Image, ImageDraw
 
 import augment
 import common
-import harness
 import knn
 import pictures
 from harness import checkpoint, distributed, flags, weights
@@ -422,7 +422,7 @@ def draw_confusion(predicted, truth, classes, title):
     pen.text((12, 10), "\n".join(lines), "black", font)
     ink = torch.where(torch.eye(k)[..., None] > 0, torch.tensor([0, 90, 170]), torch.tensor([200, 70, 0]))
     colours = (245 + (ink - 245) * share[..., None].sqrt()).byte()  # the root: a few percent are seen
-    image.paste(Image.frombytes("RGB", (k, k), bytes(colours.flatten().tolist())).resize((side, side), 0), (left, top))
+    image.paste(Image.fromarray(colours.numpy()).resize((side, side), 0), (left, top))
     for i, name in enumerate(names):
         pen.text((left - 6, top + cell * i + cell // 2), name, "black", font, anchor="rm")
         upright_pen.text((6, cell * i + cell // 2), name, 255, font, anchor="lm")
@@ -461,8 +461,8 @@ def score(run, splits):
     for name, content in (("confusion.png", picture), ("scores.json", json.dumps(scores, indent=1).encode())):
         checkpoint.save(folder / name, content)
         run.say(f"wrote   {folder / name}")
-    program = f" --program {run.args.program}" if run.args.program else ""
-    run.next_command = f"python predict.py --checkpoint {folder}{program} image.jpg"
+    program = ["--program", run.args.program] if run.args.program else []
+    run.next_command = shlex.join(["python", "predict.py", "--checkpoint", str(folder), *program, "image.jpg"])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ Health      The loss starts low (the queue is noise), climbs towards log(1 + K) 
             --momentum-encoder 0   33.3 %, loss stuck at chance, log(257) = 5.549: the keys disagree.
 """
 
-import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # before torch: how threads wait, where memory comes from
 import copy
 import functools
 import math
@@ -68,7 +68,6 @@ import torch.nn.functional as F
 
 import augment
 import common
-import harness
 import knn
 from harness import distributed
 
@@ -130,12 +129,12 @@ def parse_args(argv=None):
 def bn_groups(splits, batch_size):
     """Into how many groups BatchNorm splits a batch; None: of 32 images, 8 at most, 2 at least if they have 4 each.
 
-    raises  UsageError for groups of less than 2 images: they would be normalised by themselves.
+    raises  UsageError for groups of fewer than 2 images: they would be normalised by themselves.
     """
     if splits is None:
         return max(1, min(2, batch_size // 4), min(8, batch_size // 32))  # 256 on 8 GPUs make groups of 32
     if splits > 1 and batch_size < 2 * splits:
-        raise common.UsageError(f"--bn-splits {splits}: groups of less than 2 images at --batch-size "
+        raise common.UsageError(f"--bn-splits {splits}: groups of fewer than 2 images at --batch-size "
                                 f"{batch_size}; take at most {batch_size // 2}")
     return splits
 

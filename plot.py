@@ -14,6 +14,7 @@ but the word: each method gets an axis of its own. Curves need matplotlib.
 """
 
 import collections
+import io
 import json
 import math
 import textwrap
@@ -22,6 +23,7 @@ from pathlib import Path
 import common
 import harness
 from harness import flags, health
+from harness.checkpoint import save
 from harness.folder import read_metrics
 from harness.parser import Parser, path
 
@@ -193,10 +195,12 @@ def main(argv=None):
     labels = make_labels(runs + references)
     labels = (args.labels or labels[: len(runs)]) + [f"reference: {label}" for label in labels[len(runs):]]
     runs += references
+    picture = io.BytesIO()
     try:
-        draw(runs, labels, args.against, args.only).savefig(args.out)
+        draw(runs, labels, args.against, args.only).savefig(picture, format=args.out.rpartition(".")[2].lower())
     except ImportError:
         raise common.UsageError("curves need the package: pip install matplotlib") from None
+    save(args.out, picture.getvalue())
     print(f"wrote {args.out}: {'; '.join(labels)}")
 
 

@@ -1,6 +1,6 @@
 """The class of picture files: by a linear.py run, or by the nearest training images.
 
-    python predict.py --checkpoint runs/linear-food-11-... photo.jpg folder/
+    python predict.py --checkpoint runs/linear-cached-food-11-... photo.jpg folder/
     python predict.py --checkpoint runs/moco-food-11-... folder/ --csv > out.csv
 
 A run of linear.py answers with the softmax of its classifier. Of any other run
@@ -10,7 +10,7 @@ pass through the code that evaluates: answers about the files of a split have th
 accuracy that was printed for it. Exit code 1: some files could not be read.
 """
 
-import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # before torch: how threads wait, where memory comes from
 import argparse
 import contextlib
 import csv
@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-import harness
 import knn
 import pictures
 from harness.checkpoint import file_of

@@ -53,7 +53,7 @@ Health      The loss starts at log 4 = 1.386 and falls, `val_loss` with it. `rot
                                      glyphs look the same when rotated: 60 % is much already.)
 """
 
-import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # before torch: how threads wait, where memory comes from
 import functools
 import math
 
@@ -63,7 +63,6 @@ import torch.nn.functional as F
 
 import augment
 import common
-import harness
 import knn
 import pictures
 

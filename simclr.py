@@ -71,7 +71,7 @@ Health      The loss starts near chance, log(2N - 1), or above it at a low T, an
             --no-projector       kNN 92.8 %: the loss now falls on the features themselves.
 """
 
-import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # before torch: how threads wait, where memory comes from
 import functools
 import math
 
@@ -81,7 +81,6 @@ import torch.nn.functional as F
 
 import augment
 import common
-import harness
 import knn
 
 # ------------------------------------------------------------------------------------------------

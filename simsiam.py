@@ -59,7 +59,7 @@ Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0
             kNN 28 and 31 %.
 """
 
-import harness.threads  # isort: skip  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # before torch: how threads wait, where memory comes from
 import functools
 
 import torch
@@ -68,7 +68,6 @@ import torch.nn.functional as F
 
 import augment
 import common
-import harness
 import knn
 
 # ------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from report import peers_chart, peers_speeds  # noqa: E402
@@ -55,7 +55,6 @@ from runs import commit, exit_code, machine  # noqa: E402
 from torch.utils.data import RandomSampler  # noqa: E402
 
 import common  # noqa: E402
-import harness  # noqa: E402
 import knn  # noqa: E402
 import pictures  # noqa: E402
 from harness import parser  # noqa: E402

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, is talkative
 
-import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import PIL  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -51,7 +51,6 @@ from torchvision.io import write_jpeg  # noqa: E402
 
 import augment  # noqa: E402
 import common  # noqa: E402
-import harness  # noqa: E402
 import knn  # noqa: E402
 import moco  # noqa: E402
 import pictures  # noqa: E402

@@ -56,14 +56,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where augment, common, harness and knn lie
-import harness.threads  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
+import harness  # isort: skip  # noqa: E402  # before torch: how threads wait, where memory comes from
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import augment  # noqa: E402
 import common  # noqa: E402
-import harness  # noqa: E402
 import knn  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ VERSION = 1  # of the checkpoints' form
 
 
 def save(path, content):
-    """Write bytes, or a state for torch.save, to a file beside; sync, rename: never half a file.
+    """Write bytes, or a state for torch.save, to a temporary file beside it, then sync and rename: never half a file.
 
     raises  UsageError where it cannot be written; a file that was there stays.
     """

@@ -78,7 +78,7 @@ def command(main):
         except OSError as error:
             if error.errno is None:
                 raise
-            if error.filename is None:  # of what has no name, only stdout is written without a care
+            if error.filename is None:  # all other writes name their file, or are caught
                 silence_stdout()
             if isinstance(error, BrokenPipeError):
                 sys.exit(PIPE_CLOSED)

@@ -72,7 +72,7 @@ def training_parser(file, doc, recipes, without=()):
     add("--lr", "learning rate of a batch of 256; that of a step grows with the batch; too high: the loss "
         "stays at chance or turns NaN", type=real(above=0), action=Instead, group=rates)
     add("--step-lr", "instead of --lr: the learning rate per step, whatever the batch size, as most articles give it",
-        type=real(above=0), action=Instead, group=rates)
+        type=real(above=0), action=Instead, group=rates, default=None)
     add("--weight-decay", "L2 penalty", type=real(low=0))
     add("--warmup-epochs", "epochs over which the learning rate climbs; the default shrinks with --epochs; with "
         "--minutes the same share of the run as of the default --epochs",
@@ -138,7 +138,7 @@ def parse(parser, argv, fixed=()):
     if args.resume == NEWEST or (args.resume is None and restarted and args.out):
         unset = object()
         everything = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-        given = {name for name, value in vars(everything).items() if value is not unset} - {"resume", "out"}
+        given = {name for name, value in vars(everything).items() if value is not unset} - (PLUMBING - {"data"})
         args.resume = newest_run(args, given)
         if args.resume is None and not restarted:
             parser.error(f"--resume: no run of {args.method} with these flags in {Path(args.out or 'runs')}; "

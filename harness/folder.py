@@ -65,14 +65,13 @@ class Folder:
             # Epochs after the checkpoint are run again: their lines must not stand there twice.
             rows = [row for row in read_metrics(self.path) if row["epoch"] <= epoch] if self.resumes else []
             save(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-            flags = {"method": args.method, **vars(args), "out": str(self.path)}
-            save(self.path / "args.json", json.dumps(flags, indent=1).encode())
+            save(self.path / "args.json", json.dumps(vars(args) | {"out": str(self.path)}, indent=1).encode())
         except OSError as error:
             raise UsageError(f"--out {self.path}: {error.strerror or error}") from None
 
     def _lock(self):
         """Keep other programs out while this one lives; where there are no locks, as on some NFS: not."""
-        self.log = open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
+        self.log = open(self.path / "log.txt", "a")
         try:
             if fcntl:
                 fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)

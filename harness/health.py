@@ -3,7 +3,7 @@
     for finding in examine(vars(args), rows):  print(finding)       at chance: accuracy 0.0021, ...; try --lr ...
 
 No rule speaks before there is evidence: an epoch that lies wholly past the warm-up, its end at least 100 steps past it.
-Where an epoch has less than 1,000 images, the means of several are compared. "By chance" is 1/(2N - 1) of SimCLR's
+Where an epoch has fewer than 1,000 images, the means of several are compared. "By chance" is 1/(2N - 1) of SimCLR's
 `accuracy`, 1/(1 + K) of MoCo's, 25 % of `rotation`; a loss is no measure, it may begin above that of chance.
 """
 
@@ -88,14 +88,16 @@ class Facts:
                 for part in reversed(parts) if len(part) == min(size, len(rows))]
 
 
-def rate(args):
-    """Another learning rate: that of the recipe where the run is far from it, else half of it."""
+def rate(args, lower=False):
+    """Another learning rate, if need be a lower one: that of the recipe where the run is far from it, else half of it.
+    """
     if args["warmup_epochs"] > args["epochs"] / 2:
         return f"--warmup-epochs {args['epochs'] / 10:g}, now {args['warmup_epochs']:g} of {args['epochs']} epochs"
     name, share = "step_lr" if args.get("step_lr") else "lr", args["batch_size"] / 256
     share = 1 if name == "step_lr" else math.sqrt(share) if args.get("lr_scaling") == "sqrt" else share
     now, usual = args[name], args.get("usual_step_lr", 0) / share
-    new = usual if usual and not usual / 2 <= now <= 1.01 * usual else now / 2
+    far = usual and not usual / 2 <= now <= 1.01 * usual
+    new = usual if far and not (lower and usual > now) else now / 2
     return f"--{name.replace('_', '-')} {new:.2g}, now {now:g}"
 
 
@@ -115,9 +117,11 @@ def at_chance(facts):
     slow = facts.args.get("momentum_encoder", 1)
     change = rate(facts.args) if slow >= 0.9 else f"--momentum-encoder 0.99, now {slow:g}"
     if facts.total < FEW:  # of a small folder, say
-        name = "minutes" if facts.args.get("minutes") else "epochs"
+        name = ("max_steps" if facts.total == facts.args.get("max_steps") else
+                "minutes" if facts.args.get("minutes") else "epochs")
         length = facts.args[name]
-        change = f"--{name} {4 * length:g}, now {length:g}, for {facts.total:,.0f} steps are few; or {change}"
+        change = (f"--{name.replace('_', '-')} {4 * length:g}, now {length:g}, for {facts.total:,.0f} steps are few; "
+                  f"or {change}")
     return f"{facts.name} {now:.3g}, by chance {chance:.3g}", change
 
 
@@ -167,7 +171,7 @@ def own_keys(facts):
 def rising(facts):
     """The same fall, and no queue to blame."""
     words = share_of_queue(facts) < 0.5 and fall(facts)
-    return words and (words, rate(facts.args))
+    return words and (words, rate(facts.args, lower=True))
 
 
 def below_untrained(facts):
@@ -240,7 +244,7 @@ def diagnose(args, rows):
     beside = {facts.name: f" (by chance {facts.chance:.3g})"} if facts.name in ("accuracy", "rotation") else {}
     if facts.untrained.get("knn") is not None:
         beside["knn"] = f" (untrained {facts.untrained['knn']:.3g})"
-    if not any(facts.latest(name) is not None for name in ("accuracy", "rotation", "std", "knn", "rank")):
+    if not {*names} - {"loss", "agreement"}:
         return ["no rule reads these figures; of linear.py's compare top1 with train_top1, val_loss with loss"]
     return [str(finding) for finding in found] or ["healthy: " + ", ".join(
         f"{name} {facts.latest(name):.3g}{beside.get(name, '')}" for name in names)]

@@ -120,5 +120,5 @@ class Figures:
     def first_wrong(self):
         """(step, lr, loss) of the first loss since the last look that is not finite, or None."""
         pending, self.unchecked, self.looked = self.unchecked, [], time.perf_counter()
-        if pending and not bool(torch.stack([loss for _, _, loss in pending]).isfinite().all()):
+        if pending and not torch.stack([loss for _, _, loss in pending]).isfinite().all():
             return next((step, lr, float(loss)) for step, lr, loss in pending if not math.isfinite(loss))

@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         lacking = [data for data, recipe in recipes.items() if name not in recipe]
         if not lacking:
             meaning += f" (default: {', '.join(f'{data} {recipe[name]}' for data, recipe in recipes.items())})"
-        elif not {"default", "action"} & kind.keys():
+        elif "default" not in kind and not isinstance(kind.get("action"), str):  # as "store_true", which has one
             raise UsageError(f"{flag}: this flag has no default, and RECIPES[{lacking[0]!r}] has no {name!r}; give it "
                              "one of the two (default=None, if it may be left out)")
         title = "ablations" if meaning.startswith("ablation") else self.title
@@ -180,5 +180,5 @@ png_file = file_to_write(".png")
 def save_interval(text):
     """An argparse type: "3" epochs -> 3; "10min" stays what it is."""
     minutes = text.endswith("min")
-    value = number(float if minutes else int, **({"above": 0} if minutes else {"low": 1}))(text.removesuffix("min"))
+    value = (number(float, above=0) if minutes else number(int, low=1))(text.removesuffix("min"))
     return text if minutes else value

@@ -102,7 +102,7 @@ class Plan:
         return self.said is None and step - self.first >= 10 and now - self.skipped[0] > 2
 
     def seconds_of_step(self, step, now):
-        """The mean of late, or None before the first that counts."""
+        """The mean of recent steps, or None before the first that counts."""
         took, steps = now - self.mark[0], step - self.mark[1]
         both = self.older[0] + took, self.older[1] + steps
         if self.minutes and steps and took > 60 * RECENT * self.minutes:

@@ -5,6 +5,7 @@ The names of a Run that a method uses are explained in harness/__init__.py.
 """
 
 import math
+import shlex
 import sys
 import time
 
@@ -169,7 +170,8 @@ class Run:
         row = epoch_row(self, scores)
         self.ended, self.reached = None if self.last else distributed.same(stop), row[self.log.score]
         if distributed.is_main():
-            tell(self, row)
+            self.log.write(row, self.plan.epochs)
+            health.speak(self)
         return row
 
     def __enter__(self):
@@ -302,7 +304,7 @@ def after_step(run, ends):
     if run.stop.told:
         reason, code = run.stop.told
         raise Interrupted(code, f"{reason}: saved at step {run.step:,}; go on with\n"
-                                f"  python {sys.argv[0]} --resume {run.folder.path}")
+                                f"  {shlex.join(['python', sys.argv[0], '--resume', str(run.folder.path)])}")
 
 
 def check(run):
@@ -329,11 +331,6 @@ def epoch_row(run, scores):
     row = {"epoch": run.epoch, "step": run.step + run.inside, "seconds": seconds(run), "loss": means.pop("loss", None),
            "lr": lr, "images_per_second": rate, run.log.score: scores.pop(run.log.score, None)}
     return row | means | scores
-
-
-def tell(run, row):
-    run.log.write(row, run.plan.epochs)
-    health.speak(run)
 
 
 def state_of(run):

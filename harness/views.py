@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 from common import Draws, UsageError
 
@@ -26,7 +26,7 @@ def write_views(run, views):
     columns = [F.interpolate(column.contiguous(), size=(side, side)) for column in columns]
     tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)
     try:
-        save_image(make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0), run.args.views_png)
+        save_image(tiles, run.args.views_png, nrow=len(columns), padding=4, pad_value=1.0)
     except (OSError, ValueError) as error:
         raise UsageError(f"{run.args.views_png}: cannot write the picture: {error}") from None
     print(f"wrote {run.args.views_png}: one image per row, then its {len(shown)} views")

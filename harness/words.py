@@ -1,5 +1,7 @@
 """What a run says of itself before its first step and after its last."""
 
+import shlex
+
 import torch
 
 from harness import distributed, flags
@@ -53,9 +55,10 @@ def finish(run):
         log.say(f"{log.title:8}{untrained:.2f} % untrained, {score:.2f} % "
                 f"{'at best' if args.knn_split == 'val' else 'at the end, test split'}")
     splits = [getattr(run.dataset, split) for split in ("train", args.knn_split)]
-    command = f"python linear.py --checkpoint {run.folder.path}"
+    folder = shlex.quote(str(run.folder.path))
+    command = f"python linear.py --checkpoint {folder}"
     if len(run.dataset.classes) < 2 or not all(split and (split.labels >= 0).any() for split in splits):
-        command = f"python knn.py --checkpoint {run.folder.path} --neighbours neighbours.png"  # needs no labels
+        command = f"python knn.py --checkpoint {folder} --neighbours neighbours.png"  # needs no labels
     log.say(f"next    {run.next_command or command}")
 
 

@@ -29,7 +29,7 @@ class Split:
 def labelled(split):
     """The labelled images of a split. They come first, so this is a view, not a copy."""
     count = int((split.labels >= 0).sum())
-    if not bool((split.labels[:count] >= 0).all()):
+    if not (split.labels[:count] >= 0).all():
         raise ValueError("labelled images must come before unlabelled ones")
     return Split(split.images[:count], split.labels[:count], split.aspect[:count], split.paths[:count],
                  held=split.held)  # what is on the device already serves both
@@ -53,7 +53,7 @@ class Batches:
     drop_last   leave out the last, short batch. For training only; an evaluation counts every image.
     passes      over the split in an epoch, each in an order of its own.
     rank, world this process yields part `rank` of `world` of every batch (of a short one perhaps nothing).
-    raises      UsageError if there is not one whole batch, or if it cannot be shared equally.
+    raises      UsageError with drop_last, if there is not one whole batch or it cannot be shared equally.
     """
 
     def __init__(self, split, batch_size, device="cpu", seed=0, shuffle=True, drop_last=True, rank=0, world=1,

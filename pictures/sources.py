@@ -51,7 +51,7 @@ UNUSABLE = (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.Unpick
 class Items:
     """One split of a source, before any picture is read."""
 
-    labels: list                      # one int per image; empty where `load` gives them
+    labels: list                      # one int per image; may be empty where `load` gives them
     files: list                       # the images, or what `load` reads them from
     load: Callable | None = None      # size -> (labels, names, iterator over (n, 3, s, s) uint8), or None
     tag: str = ""                     # whatever else the pixels depend on

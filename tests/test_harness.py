@@ -882,6 +882,9 @@ def test_recipes_and_flags_that_do_not_match_are_refused():
     with pytest.raises(UsageError, match=r"--lambd: .* no default, .*RECIPES\['toy'\] has no 'lambd'") as error:
         parser.flag("--lambd", "weight of what is not on the diagonal", type=harness.number(float, above=0))
     assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"--lr: .* no default, .*RECIPES\['toy'\] has no 'lr'"):
+        harness.training_parser(__file__, "", both | {"toy": {name: both["toy"][name] for name in both["toy"]
+                                                                if name != "lr"}})
     both["toy"]["lambd"] = 0.01
     parser = harness.training_parser(__file__, "", both)
     parser.flag("--lambd", "weight of what is not on the diagonal", type=harness.number(float, above=0))

@@ -64,6 +64,9 @@ CASES = {  # name: (flags beside ARGS, rows, what is wrong, what must stand in t
                       0.056, 0.056, 0.048, 0.039, 0.039, 0.023]), "old keys of a picture", "--queue-size 1024"),
     "a short queue": (MOCO | dict(queue_size=1024), make_rows(loss=line(6, 6.9), accuracy=line(0.08, 0.02)),
                       "learning rate too high", "--lr 0.6, now 1.2"),
+    "a rate that is too high is not raised": (
+        MOCO | dict(queue_size=1024, batch_size=64), make_rows(steps=62, loss=line(6, 6.9), accuracy=line(0.08, 0.02)),
+        "learning rate too high", "--lr 0.6, now 1.2"),
     "accuracy falls and so does the loss": (MOCO | dict(queue_size=256), make_rows(
         loss=line(5, 4), accuracy=line(0.16, 0.05)), None, ""),
     "real keys fill the queue": (MOCO | dict(queue_size=65536, contents={"train": [150_000, "a"]}), make_rows(
@@ -72,6 +75,8 @@ CASES = {  # name: (flags beside ARGS, rows, what is wrong, what must stand in t
                          "at chance", "--momentum-encoder 0.99, now 0"),
     "48 pictures, much noise": (dict(MOCO, queue_size=32, batch_size=16, contents={"train": [48, "a"]}), make_rows(
         steps=3, loss=line(3.49, 3.4, 80), accuracy=[0.10, 0.20] * 40), None, ""),
+    "few steps by --max-steps": (dict(max_steps=200), make_rows(accuracy=[0.002] * 13), "at chance",
+                                 "--max-steps 800, now 200, for 200 steps are few"),
     "few steps": (dict(MOCO, queue_size=16, batch_size=16, contents={"train": [44, "a"]}), make_rows(
         steps=2, loss=[2.8] * 90, accuracy=0.1), "at chance", "--epochs 400, now 100, for 200 steps are few"),
     "4 validation pictures": (dict(knn_split="val", contents={"train": [44, "a"], "val": [4, "b"]}), make_rows(

@@ -522,6 +522,13 @@ def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):
     assert out.count("k 6    top-1") == 1 and "there are 6 to vote: k is 6 where it is more" in out
 
 
+def test_of_equal_votes_the_first_class_counts_as_in_training(capsys):
+    args = types.SimpleNamespace(k=[12], temperature=0.1)
+    same, labels = torch.ones(12, 4), torch.arange(12) % 6  # a collapsed network
+    knn.print_accuracy(args, same, torch.zeros(12, dtype=torch.long), same, labels, [str(c) for c in range(6)])
+    assert "k 12   top-1 100.00 %   top-5 100.00 %" in capsys.readouterr().out
+
+
 def test_class_table_counts():
     lines = knn.class_table(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 0, 1]), ["cat", "dog", "emu"])
     assert lines[1].split() == ["cat", "3", "33.3", "%", "dog", "(2)"]

@@ -1,7 +1,9 @@
 """plot.py: which figure stands where, what a legend calls a run, and one line for every wrong use."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -207,7 +209,7 @@ def test_wrong_uses_end_in_one_clear_line(matplotlib, make_run, tmp_path, capsys
         (["list"], "list: not a run folder"),
         (["run", "--out", "curves.jpeg"], "--out curves.jpeg: the ending must be one of .png, .pdf, .svg"),
         (["run", "--out", "curves"], "--out curves: the ending"),
-        (["run", "--out", "nowhere/curves.png"], "nowhere/curves.png: No such file or directory"),
+        (["run", "--out", "nowhere/curves.png"], "nowhere/curves.png: cannot be written: No such file"),
         (["run", "--labels", "a", "b"], "--labels: 2 names for 1 runs"),
         ([], "RUN"),
     ]
@@ -233,6 +235,22 @@ def test_the_reference_stands_beside_a_run(matplotlib, make_run, tmp_path, monke
     with pytest.raises(SystemExit) as end:
         plot.main([str(make_run("c", "moco", kind="photos")), "--reference"])
     assert end.value.code == 2 and "none for moco on photos; there are: simsiam-toy" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(make_run, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    run = str(make_run("a"))
+    plot.main([run])
+    before = Path("curves.png").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as end:
+        plot.main([run, "--against", "seconds"])
+    assert end.value.code == 2 and "curves.png: cannot be written: No space" in capsys.readouterr().err
+    assert Path("curves.png").read_bytes() == before
 
 
 def test_every_reference_is_a_run_of_its_name():
