@@ -13,6 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?the folder for the figures}") root=${2:-} short="" challenge=${3:-}
 if [ "$root" = --short ]; then short=yes root=""; fi
+if [ "$root" = --race ]; then echo "the race needs DATA_ROOT: bash bench/gpu.sh OUT DATA_ROOT --race" >&2; exit 2; fi
 python=${PYTHON:-python}
 if [ -e "$out/summary.txt" ]; then echo "$out: holds measurements already; name a new folder" >&2; exit 2; fi
 mkdir -p "$out"

@@ -101,8 +101,8 @@ def peers_table(record):
 
 
 def peers_speeds(record):
-    """[(pair, settings, {side: images/s}, ours/bare, ours/peer in each turn)] of bench/peers.py speed; the sides are
-    "bare", "ours" and "peer", in float32, then each at its best."""
+    """[(pair, settings, {side: images/s}, ours/bare, ours/peer in each turn)] of bench/peers.py speed, medians but for
+    the last; the sides are "bare", "ours" and "peer", in float32, then each at its best."""
     rows = []
     for pair, by_precision in record["results"].items():
         every = [(f"{amp.replace('off', 'float32')}{name.removeprefix('peer')}", name, seconds)
@@ -112,8 +112,9 @@ def peers_speeds(record):
                           key=lambda one: statistics.median(one[1])) for side in ("bare", "ours", "peer")}
         for how, sides in (("float32", plain), (f"best: {best['peer'][0]}", best)):
             rates = {side: record["settings"]["batch_size"] / statistics.median(sides[side][1]) for side in best}
-            ratios = [b / a for a, b in zip(sides["ours"][1], sides["peer"][1], strict=True)]
-            rows.append((pair, how, rates, rates["ours"] / rates["bare"], ratios))
+            share, *ratios = ([b / a for a, b in zip(sides["ours"][1], sides[side][1], strict=True)]
+                              for side in ("bare", "peer"))
+            rows.append((pair, how, rates, statistics.median(share), *ratios))
     return rows
 
 
@@ -145,11 +146,14 @@ def speed_table(record):
 def rows_of(file, names):
     """The rows of a file of bench/runs.py that bear one of these names, or begin with it (`sc-*`), in that order."""
     rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
-    found = {row["name"]: row for name in names.split() for row in rows
-             if name == row["name"] or fnmatch.fnmatch(without_seed(row["name"]), name)}
-    if not found:
-        print(f"{file}: no row has a name like {names}", file=sys.stderr)
-        sys.exit(2)
+    found = {}
+    for name in names.split():
+        these = {row["name"]: row for row in rows
+                 if name == row["name"] or fnmatch.fnmatch(without_seed(row["name"]), name)}
+        if not these:
+            print(f"{file}: no row has a name like {name}", file=sys.stderr)
+            sys.exit(2)
+        found |= these
     return list(found.values())
 
 

@@ -14,7 +14,6 @@ reports).
 
 import fcntl
 import json
-import os
 import platform
 import re
 import shlex
@@ -70,10 +69,10 @@ def exit_code(command, **settings):
         process.wait()
 
 
-def score(run, environment):
+def score(run):
     """{"loo_20": ..., "linear": percent} of a finished run, or {} where its training images have no labels."""
     def call(*words):
-        subprocess.run([sys.executable, *map(str, words)], check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
     if (run / "scores.json").exists():  # linear.py's
         return {"linear": next(iter(json.loads((run / "scores.json").read_text()).values()))["top1"]}
@@ -89,7 +88,7 @@ def score(run, environment):
         begin = ("--resume", run / "linear") if (run / "linear/last.pt").exists() else (
             "--checkpoint", run, "--out", run / "linear", *(("--no-validation", "--test") if on_test else ()))
         call(ROOT / "linear.py", *begin, "--quiet")
-    return leave_one_out(features, labels, len(found["classes"])) | score(run / "linear", environment)
+    return leave_one_out(features, labels, len(found["classes"])) | score(run / "linear")
 
 
 def one(name, command, run, data, out, lock):
@@ -112,7 +111,7 @@ def one(name, command, run, data, out, lock):
     rows = read_metrics(run)
     record["code"] = code
     if code == 0:
-        record |= {"untrained": rows[0].get("knn"), **rows[-1], **score(run, os.environ)}
+        record |= {"untrained": rows[0].get("knn"), **rows[-1], **score(run)}
         logs = out.with_suffix("")
         logs.mkdir(exist_ok=True)
         shutil.copy(run / "metrics.jsonl", logs / f"{name}.jsonl")
