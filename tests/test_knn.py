@@ -503,6 +503,25 @@ def test_evaluation_is_in_the_precision_that_the_run_was_told(monkeypatch):
     assert asked == ["off", "bf16", "auto", "bf16", "off", "auto", "auto", "bf16"]
 
 
+def test_the_layer_and_the_temperature_are_those_asked_for(place, monkeypatch):
+    for i in range(16):
+        place(f"set/{'train' if i < 8 else 'val'}/{i % 2}/{i}.png", 15 * i)
+    seen, vote = [], knn.vote
+    monkeypatch.setattr(knn, "vote", lambda *words: (seen.append(words), vote(*words))[1])
+    run("--data", "set", "--layer", "layer3", "--temperature", "0.03", "--k", "5")
+    (similarity, *_, temperature), = seen
+    backbone = common.ResNet18(width=4).eval()
+    backbone.load_state_dict({k.removeprefix("module."): v for k, v in torch.load("net.pth").items()})
+    source = pictures.open_source("set")
+    dataset = pictures.pack(source, 16, quiet=True)
+    with torch.no_grad():
+        bank, queries = (torch.nn.functional.normalize(backbone.features(knn.evaluation_view(
+            split.images, split.aspect, 16, dataset.mean, dataset.std), ("layer3",))["layer3"], dim=1)
+            for split in (dataset.train, dataset.val))
+    torch.testing.assert_close(similarity, (queries @ bank.T).topk(5).values, rtol=1e-3, atol=1e-3)
+    assert temperature == 0.03
+
+
 def test_top_5_counts_only_classes_that_got_a_vote(monkeypatch, capsys):
     labels, classes = torch.arange(6), [str(c) for c in range(6)]
     features = {"bank": torch.eye(6), "queries": torch.eye(6).roll(3, 0)}  # one vote: never the right class
