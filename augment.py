@@ -7,8 +7,8 @@ Images  (N, 3, H, W), uint8 (0-255) or float (0-1); results are new float32 tens
         tensors: to one level, 1/255, which is what two devices may differ by.
 Draws   Made on the host, from an optional generator: common.Draws, or a CPU torch.Generator. So a seed gives the same
         views on every device, and nothing here waits for a GPU. An operation gets its numbers in one line, uniforms().
-Speed   A CPU works on images whose coin said yes, a few at a time, while they are in its cache. An accelerator is
-        asked once for all images, for the asking takes the time; a coin that said no picks what changes nothing.
+Speed   A CPU works only on the images whose coin said yes, a few at a time, while they are in its cache. An accelerator
+        gets one call for all, since calls are what costs time there; a coin that said no picks a no-op.
 Limits  No gradient goes back to the images. Where TF32 products are allowed on a GPU, crops, jitter and blur are
         exact to about 1e-3, not 1e-5.
 
@@ -35,7 +35,7 @@ RGB_TO_GRAY = (0.2989, 0.587, 0.114)                                            
 
 
 # ---------------------------------------------------------------------------------------------- draws
-host = torch.compiler.disable  # what is drawn on the host gains nothing by torch.compile; the operations do
+host = torch.compiler.disable  # what is drawn on the host gains nothing from torch.compile; the operations do
 
 
 @host
@@ -85,7 +85,7 @@ def send(values, device):
     """Move a small host tensor. From pinned memory the copy is asynchronous: the host does not wait."""
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
-    return values.to(device, non_blocking=device.type != "mps")  # which might copy when the memory is another's
+    return values.to(device, non_blocking=device.type != "mps")  # MPS might copy only once the memory is reused
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,7 +95,7 @@ def _constant(values, device, *shape):
 
 
 def _all_at_once(x):
-    """Whether an operation is asked for once for all images; else for those alone that it changes."""
+    """Whether an operation runs once on all images; else only on those that it changes."""
     return x.device.type != "cpu"
 
 
@@ -221,7 +221,7 @@ def _crop_together(images, boxes, out, interpolation):
         # p = max(0, 2 - t) and q = max(0, 1 - t), twice that is (1 - t) (p^2 + q (2 - 4 q)).
         p, q = (w + 1).clamp_(min=0), w.clamp(min=0)
         w.mul_((p * p).addcmul_(q, torch.rsub(q, 2, alpha=4)))
-    w.mul_(length / j > 1)                                                      # whether j lies within the crop
+    w.mul_(length / j > 1)                              # 0 < j < length, or both negative (mirrored): within the crop
     wy, wx = w.div_(w.sum(3, keepdim=True)).unbind(1)                                       # (n, size, side)
     rows = images.to(torch.float32).contiguous().view(n, 3 * side, side)
     rows = torch.bmm(rows, wx.mT).view(3 * n, side, size)
@@ -458,7 +458,7 @@ def blur(x, sigma, kernel_size):
 def gaussian_blur(x, sigma=(0.1, 2.0), p=0.5, kernel_size=None, generator=None, inplace=False):
     """Blur each image with probability p, by a sigma of its own, uniform in the range, in pixels.
 
-    kernel_size  None: out to three of the largest sigma on either side, or to the edge of the image.
+    kernel_size  None: out to three times the largest sigma on either side, or to the edge of the image.
     """
     x, most = _float(x, copy=not inplace), 2 * min(x.shape[2:])
     if not 0 < sigma[0] <= sigma[1]:

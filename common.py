@@ -1,4 +1,4 @@
-"""What one reads once beside the four methods: the network they train and the parts of their loops.
+"""What you read once, beside the four methods: the network they train and the parts of their loops.
 
     ResNet18        the backbone: torchvision's names, an ImageNet or a CIFAR stem, any width
     TwoCrops        two random views of one batch
@@ -68,7 +68,7 @@ class ResNet18(nn.Module):
     stem                "imagenet": 7x7 stride 2 and max-pool, a quarter of the side reaches layer1;
                         "cifar": 3x3 stride 1 and no max-pool, for pictures up to about 64 px.
     width               channels of layer1; the feature has 8 * width. 64 is ResNet-18 proper.
-    zero_init_residual  start every block as the identity (its last BN gamma at 0), as SimSiam does.
+    zero_init_residual  start every block as its shortcut (its last BN gamma at 0), as SimSiam does.
 
     forward(x)          (N, 3, H, W) float -> (N, 8*width), or (N, num_classes).
     features(x, names)  one pass -> {name: (N, C)}, pooled outputs of "layer1" ... "layer4".
@@ -134,7 +134,7 @@ class ResNet18(nn.Module):
 class TwoCrops:
     """Two independent views of every image: `x1, x2 = TwoCrops(transform)(batch, ...)`.
 
-    transform   called with the batch's arguments; it draws anew each time, an own draw per image.
+    transform   called with the batch's arguments; it draws anew each time, a draw of its own per image.
     transform2  the second view's own transform, as in BYOL and Barlow Twins; None: the same again.
     returns     two tensors; row i of both comes from image i.
     """
@@ -143,7 +143,7 @@ class TwoCrops:
         self.transforms = transform, transform if transform2 is None else transform2
 
     def compile(self):
-        """As nn.Module.compile: in place, when first called. Not for a CPU, where augment.py decides image by image."""
+        """In place when first called, like nn.Module.compile. Not on a CPU, where augment.py decides image by image."""
         warnings.filterwarnings("ignore", "Dynamo detected a call")  # it makes augment's cached constants anew
         self.transforms = [torch.compile(transform, dynamic=False) for transform in self.transforms]
 
@@ -278,7 +278,7 @@ class Draws:
     """Uniform random numbers for the images of a batch.
 
     numbers  whole numbers, for example seed and step.  rank: of the process, which has part `rank` of the batch.
-    They are a function of these, of an image's row in its part, and of how often was drawn before: nothing has to be
+    They are a function of these, of an image's row in its part, and of how many draws came before: nothing has to be
     saved, every device gets the same, and each of many processes draws its own part of what one would draw.
     Source   Philox, a generator that computes its n-th number directly (Salmon et al. 2011), as numpy has it.
     """

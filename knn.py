@@ -5,7 +5,7 @@
     python knn.py --checkpoint ... --split train --map map.png --features train.npz
 
 How good are features without labels? Keep the network fixed, let the k training images nearest to a
-validation image vote on its class, and count how often they are right. Nothing is trained, little to tune.
+validation image vote on its class, and count how often they are right. Nothing is trained, and there is little to tune.
 
 Source      Wu et al. 2018, arXiv 1805.01978, Section 3.4: k 200, cosine similarity s, votes exp(s / 0.07), on their
             128-d output. The temperature 0.1 is that of MoCo's CIFAR notebook (again on the 128-d output).
@@ -93,7 +93,7 @@ def vote(similarity, rows, bank_labels, num_classes, temperature):
 
 
 def evaluated_share(size):
-    """Of the shorter side, the central square that evaluations of views of so many pixels show."""
+    """Evaluations show a central square; its side as a share of the shorter side, for views of `size` pixels."""
     return 0.875 if size > 64 else 1.0
 
 
@@ -112,7 +112,7 @@ def extract(network, split, dataset, device, autocast, batch_size=None, view=eva
     """Features of every image of a split, in order, each exactly once.
 
     network     maps (n, 3, S, S) to {name: (n, C)}; put into eval mode meanwhile, then left as it was.
-    batch_size  None: 1000 on a GPU, of more than 64 px 250; 125 on a CPU, where more would leave the cache.
+    batch_size  None: 1000 on a GPU, 250 for more than 64 px; 125 on a CPU, whose cache would not hold more.
     view        what it sees of the images; arguments and result as those of evaluation_view().
     returns     {name: (N, C) float32 on the device}.
     raises      UsageError for features that are not finite.
@@ -187,7 +187,7 @@ def agreement(network, split, dataset, device, autocast, seed):
 
 
 class Layers(torch.nn.Module):
-    """A backbone seen as x -> {layer name: pooled features}; of any but a ResNet18 its output alone, as layer4."""
+    """A backbone seen as x -> {layer name: pooled features}; anything but a ResNet18 has only its output, as layer4."""
 
     def __init__(self, backbone, names=("layer4",)):
         super().__init__()
@@ -302,17 +302,17 @@ def free_cells(points, side):
 
 
 def font_for(texts, size):
-    """A font with as many of the letters as one here has: Pillow's own knows ASCII alone."""
+    """The font that has the most of these letters; Pillow's own has only ASCII."""
     fonts, letters = [ImageFont.load_default(size)], set("".join(texts))
     for name in () if all(letter.isascii() for letter in letters) else FONTS:
         with contextlib.suppress(OSError):
             fonts.append(ImageFont.truetype(name, size))
-    missing = [bytes(font.getmask("\uffff")) for font in fonts]  # no letter: the box that stands for one
+    missing = [bytes(font.getmask("\uffff")) for font in fonts]  # U+FFFF is no letter: the box that stands for one
     return fonts[min(range(len(fonts)), key=lambda i: sum(bytes(fonts[i].getmask(x)) == missing[i] for x in letters))]
 
 
 def draw_map(split, features, classes, tsne=None):
-    """A PNG, bytes: at most ON_MAP images of a split as thumbnails where plane() has them, none on another.
+    """PNG bytes: up to ON_MAP images of a split as thumbnails where plane() puts them, none overlapping.
 
     features  (N, C).  Frames have the colour of the class, grey without; up to 20 classes are named at the right.
     """

@@ -35,12 +35,12 @@ Recipe      flag                paper v1 / v2, ImageNet  authors' CIFAR notebook
 Published   ImageNet, ResNet-50, linear, 200 epochs: v1 60.6 %, v2 67.5 % (71.1 % after 800).
             CIFAR-10, ResNet-18 (the notebook), kNN with k 200 of the 128-d output on the test images, after
             200 / 400 / 800 epochs: 82.6 / 86.3 / 88.7 %, with --symmetric 85.3 / 88.5 / 89.7 % (linear 90.7).
-            Ours for that: --data cifar10 --knn-split test (no training images held out), then knn.py
+            To compare: --data cifar10 --knn-split test (no training images held out), then knn.py
             --projector; `knn` here is that of the backbone.
 Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images packed at that size; the papers
                train ResNet-50 at 224 px and crop the full image. The notebook: ResNet-18, 32 px, as here,
                but for its first layer's weights, PyTorch's default. All in float32; here a GPU takes bf16.
-            2. The cosine falls every step; in the code every epoch, in the notebook's last one to 0.
+            2. The cosine falls every step; in the code every epoch (the notebook's is 0 in the last).
             3. A folder has thousands of photos, not a million. The longer the queue, the more often it holds an
                old key of the query's own image; and with 10,000 images m = 0.999 averages over 25 epochs. So K
                is at most a quarter of the images, then a power of two (a batch at least): kNN of 4,500 photos
@@ -48,7 +48,7 @@ Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images p
                --recipe paper takes the paper's K and m.
             4. --bn-splits groups of a batch stand for eight GPUs, as in the notebook; several processes share them.
             5. Algorithm 1 updates f_k after the SGD step; here, as in the authors' code, before the next keys are
-               made. The keys are the same: the only further update is the first, of equal weights.
+               made. The keys are the same: the one extra update is the first, between equal weights.
             6. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
 Health      The loss starts low (the queue is noise), climbs towards log(1 + K) as real keys fill it, then
             falls. `accuracy` is the share of queries whose own key scores highest, 1/(1 + K) by chance, 0 once
@@ -140,7 +140,7 @@ def bn_groups(splits, batch_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# Views (v1: Section 3.3 "Technical details"; v2 adds SimCLR's blur, its code milder jitter, before the grey)
+# Views (v1: Section 3.3 "Technical details"; v2 adds SimCLR's blur; its code jitters less, and before the grey)
 # ------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +301,7 @@ def info_nce(q, k, queue, temperature):
     l_pos = (q * k).sum(dim=1, keepdim=True)                    # (N, 1)
     l_neg = q @ queue.T                                         # (N, K)
     logits = torch.cat([l_pos, l_neg], dim=1) / temperature     # (N, 1+K)
-    # The positive stands in column 0, so the "class" of every row is 0. All zeros is right.
+    # The positive stands in column 0, so the "class" of every row is 0.
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 

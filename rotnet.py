@@ -6,7 +6,7 @@ Paper       Spyros Gidaris, Praveer Singh and Nikos Komodakis, "Unsupervised Rep
             Predicting Image Rotations", ICLR 2018, arXiv 1803.07728; code gidariss/FeatureLearningRotNet
 Idea        Whoever can tell how an image was rotated must know what stands upright in it: the objects and
             their parts. So a plain classifier of four rotations learns features without a label.
-Symbols     x   upright views (N, 3, S, S)     y   class 0..3 (the paper's 1..4, less one): by 90 y degrees; K = 4
+Symbols     x   upright views (N, 3, S, S)     y   class 0..3 (the paper's 1..4, minus one): by 90 y degrees; K = 4
             x4  all rotations (4N, 3, S, S)    y4  their classes (4N,)
             g(x | y)  x rotated counter-clockwise by y quarter turns;   F  backbone + linear head
 Map         Section 3.2, g(x | y) -> rotation_batch() [S3.2] | Eq. 1 -> main(), the logits of F [E1]
@@ -30,7 +30,7 @@ Published   None for ResNet-18. CIFAR-10, Network-in-Network of 4 blocks, a non-
             code (its issue 6): 84.65 / 88.89 / 85.88 / 54.04 %, and 93.65 % of rotations right.
 Departures  1. A ResNet-18 with one linear head; the paper trains Network-in-Network and AlexNet, in float32; on a
                GPU we take bf16. Photos are 128 px, crops cut from images packed at that size; theirs 224 px, cut
-               from the full image. Without --knn-split test a tenth of a training set that comes without
+               from the full image. Unless --knn-split is test, a tenth of a training set that comes without
                validation images is held out. With several processes on CPUs BatchNorm sees each one's share.
             2. `toy` takes smaller batches, a cosine and a warm-up: see the table below.
             3. `photos` takes small batches, 0.05 a step (the authors' ImageNet run 0.01 at 192), a cosine, and crops
@@ -50,7 +50,7 @@ Health      The loss starts at log 4 = 1.386 and falls, `val_loss` with it. `rot
                                      rotated by 90 degrees and then mirrored is its mirror image rotated by 270.
                                      Where both are equally likely the two classes merge, and 75 % is the limit;
                                      letters, or glyphs such as the toy's L, still tell them apart. (Half of the
-                                     glyphs look the same when rotated: 60 % is much already.)
+                                     glyphs look the same when rotated: 60 % is already a lot.)
 """
 
 import harness  # isort: skip  # before torch: how threads wait, where memory comes from

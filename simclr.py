@@ -16,8 +16,8 @@ Map         Eq. 1 -> nt_xent() [E1] | Algorithm 1 -> main() [A1] | Section 2.1 f
             LARS Algorithm 1, as in the authors' code -> LARS.step() [L1]
 Read on     2.2      LARS, at every batch size, and global BatchNorm: local statistics would leak the answer.
             Fig. 6   Crops without colour jitter: colour histograms alone tell the images apart.
-            Fig. 8   The head: none is over 10 points worse than a non-linear one, a linear one 3; the width
-                     of z hardly matters.
+            Fig. 8   The head: leaving it out costs over 10 points against a non-linear one, a linear head 3; the
+                     width of z hardly matters.
             Fig. 9   Larger batches win where epochs are few; the gap shrinks with more epochs.
 Recipe      flag               paper, ImageNet    paper, CIFAR (B.9)  here
             --optimizer        lars               lars                photos lars, cifar sgd: departure 2
@@ -27,7 +27,7 @@ Recipe      flag               paper, ImageNet    paper, CIFAR (B.9)  here
             --batch-size       4096               256 to 4096         photos 256, cifar 512
             --weight-decay     1e-6               1e-6                photos 1e-6, cifar 5e-4
             --epochs           100 (to 1000)      100 to 1000         photos 200, cifar 500
-            --temperature      0.1                0.5 of 0.1, 0.5, 1  photos 0.1, cifar 0.5
+            --temperature      0.1                0.5 (best of 3)     photos 0.1, cifar 0.5
             --min-crop         0.08               0.08                photos 0.08, cifar 0.2: departure 2
             --jitter-strength  1                  0.5                 photos and cifar 0.5: departure 8
             --blur             0.5                0 (32-px views)     photos 0.5, cifar 0
@@ -38,10 +38,10 @@ Published   ImageNet, ResNet-50, linear, 1000 epochs: 69.3 %. CIFAR-10, ResNet-5
             linear on stored features 85.6 / - / 91.7 %, with crops and flips 85.0 / - / 91.9 %. Nearest here:
             knn_10 with --knn-split test, whose votes are weighted.
 Departures  1. ResNet-18, crops cut from images packed at --image-size; the paper trains ResNet-50 and crops the
-               full image. On a GPU the network runs in bf16. Without --knn-split test a tenth of a training set
+               full image. On a GPU the network runs in bf16. Unless --knn-split is test, a tenth of a training set
                that comes without validation images is held out.
             2. `cifar` follows dkobak/simclr-cifar10, which takes SGD, lr and weight decay from SimSiam's
-               Appendix D, crops from 0.2, grey 0.1, a hidden layer of 1024. Other than there: warm-up (none),
+               Appendix D, crops from 0.2, grey 0.1, a hidden layer of 1024. Unlike there (in brackets): warm-up (none),
                BatchNorm in the head (none), one forward for both views (two), residual branches that start
                at zero (they do not), bicubic crops (bilinear), views normalised (in [0, 1]), the cosine per
                step (per epoch), a last, short batch left out (kept), no bias in the head (there is), first
@@ -53,22 +53,22 @@ Departures  1. ResNet-18, crops cut from images packed at --image-size; the pape
                the code's is the width of h: set both.
             5. Views are normalised by mean and standard deviation; the authors' code leaves them in [0, 1].
             6. `toy` takes SGD, a higher lr and larger crops: see the table below.
-            7. BatchNorm sees all processes' batch, as the paper's, on GPUs only; on CPUs each its own share.
+            7. BatchNorm sees the batch of all processes, as in the paper, on GPUs only; on CPUs its own share.
             8. `photos` jitters colours half as much as the paper (--recipe paper: as much): kNN of 4,500 photos
                after 20 epochs 47.4 % against 39.1 (two seeds, width 16, 64 px; no GPU has confirmed it).
             9. The authors' code, not the paper, adds the means of z1's and z2's rows: twice this loss (LARS undoes
                the factor, but for decay, biases and BatchNorm). Its first step has rate 0, its head starts at
                std 0.01, its convolutions by fan-in, the first block of every stage has a convolution as shortcut;
-               its crops are not antialiased, its blur pads with zeros and has one sigma a batch, its contrast is
-               around each channel's mean, its brightness is added in the paper's TensorFlow listing. Its SGD, not
-               ours, is Nesterov's and spares BatchNorm the weight decay.
+               its crops are not antialiased and cover at least 0.1, its blur pads with zeros, one sigma a batch, its
+               contrast is around each channel's mean. The paper's listing adds brightness; its code, like ours,
+               multiplies by it. Its SGD, not ours, is Nesterov's and spares BatchNorm the weight decay.
 Health      The loss starts near chance, log(2N - 1), or above it at a low T, and falls; how far depends on N and
             T: only compare runs of the same two. `accuracy` is the share of the 2N outputs that find their
             positive, by chance 1/(2N - 1). Ablations on `toy`, where the recipe
             had accuracy 0.27 and kNN 99.8 % (commit 93f1447; 98.9 to 99.3 % since the draws changed):
             --no-color-jitter    accuracy 0.93, kNN 29.6 %: grey levels alone give the positives away, glyphs
                                  are not needed (untrained 27.9 %).
-            --no-projector       kNN 92.8 %: the loss now falls on the features themselves.
+            --no-projector       kNN 92.8 %: the loss now acts on the features themselves.
 """
 
 import harness  # isort: skip  # before torch: how threads wait, where memory comes from
@@ -134,7 +134,7 @@ def parse_args(argv=None):
         choices=("sgd", "lars"))
     add("--lr-scaling", "linear: the rate is lr x batch/256; sqrt: lr x sqrt(batch/256), for small batches "
         "and few epochs, where --lr 1.2 is the paper's 0.075 x sqrt(batch)", choices=("linear", "sqrt"))
-    add("--no-projector", "ablation: z = h, the loss falls on the features themselves", action="store_true")
+    add("--no-projector", "ablation: z = h, the loss acts on the features themselves", action="store_true")
     add("--no-color-jitter", "ablation: views keep their colours, but for --grey", action="store_true")
     return harness.parse(parser, argv, fixed=("optimizer",))
 
@@ -196,7 +196,7 @@ class SimCLR(nn.Module):
 
 
 def build_model(args):
-    # Every residual branch starts at zero: each block begins as the identity (the authors' code).
+    # Every residual branch starts at zero: each block begins as its shortcut (the authors' code).
     backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return SimCLR(backbone, args.dim, args.hidden_dim, args.proj_layers, projector=not args.no_projector)
 

@@ -20,19 +20,19 @@ Read on     4.1, 4.2  Without stop-gradient, or without h, ImageNet accuracy is 
             5    A hypothesis: training alternates between f and the mean output of an image over its views;
                  h stands in for that mean. (With a moving average in its place: 55.0 % without h, 5.2.)
 Recipe      flag            paper, ImageNet    paper, CIFAR (App. D)  here
-            --lr            0.05 x bs/256      0.03 x bs/256          photos 0.5: departure 6, cifar as the paper
+            --lr            0.05 x bs/256      0.03 x bs/256          photos 0.5: departure 6, cifar as in the paper
             --image-size    224                32                     photos 128, stl10 96 (one GPU), cifar 32
             --batch-size    512 (Table 4: 256) 512                    photos 256, cifar 512
-            --weight-decay  1e-4               5e-4                   as the paper
+            --weight-decay  1e-4               5e-4                   as in the paper
             --epochs        100 (to 800)       800                    photos 200, cifar 800
-            --proj-layers   3                  2                      as the paper
-            --blur          0.5 (code)         0                      as the paper
+            --proj-layers   3                  2                      as in the paper
+            --blur          0.5 (code)         0                      as in the paper
             momentum 0.9, cosine, no warm-up below a batch of 1024 (photos 10 epochs), constant lr of h (Section 4.2)
 Published   ImageNet, ResNet-50, linear (Table 4): 68.1 / 70.0 / 70.8 / 71.3 % after 100 / 200 / 400 / 800 epochs.
             CIFAR-10, ResNet-18, linear on the test images: 91.8 % after 800 epochs (Appendix D).
 Departures  1. ResNet-18 on images of every size, whose crops are cut from images packed at that size; the paper
                trains ResNet-50 at 224 px, cropping the full image, and ResNet-18 on CIFAR-10 alone. On a GPU the
-               network runs in bf16, the authors' in float32. Without --knn-split test a tenth of a training set
+               network runs in bf16, the authors' in float32. Unless --knn-split is test, a tenth of a training set
                that comes without validation images is held out: CIFAR's epoch is 45,000 images.
             2. The projector's hidden layers are as wide as the backbone's output (512), as in the authors'
                code; the paper's 2048 is the width of ResNet-50. --pred-dim stays 512 whatever --dim is, where
@@ -40,7 +40,7 @@ Departures  1. ResNet-18 on images of every size, whose crops are cut from image
             3. The cosine falls every step, not every epoch as in the code.
             4. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
             5. BatchNorm sees the batch of all processes, as in the paper, on GPUs only; on CPUs its own share.
-            6. `photos` takes a rate ten times the paper's, and a warm-up, h without; --recipe paper neither. (Section
+            6. `photos` takes ten times the paper's rate and a warm-up, which h skips; --recipe paper neither. (Section
                6.1 has 0.5 too, weight decay 1e-5, for transfer.) A folder of thousands makes few steps: kNN of 4,500
                photos after 20 epochs 32.2 % against 28.2 (two seeds, width 16, 64 px; no GPU has confirmed it).
             7. The output of f has BatchNorm without scale and shift, as in the authors' code. The paper's has both; it
@@ -162,7 +162,7 @@ class SimSiam(nn.Module):
 
 
 def build_model(args):
-    # Every residual branch starts at zero: each block begins as the identity (Appendix A).
+    # Every residual branch starts at zero: each block begins as its shortcut (Appendix A).
     backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return SimSiam(backbone, args.dim, args.pred_dim, args.proj_layers, predictor=not args.no_predictor)
 
@@ -226,6 +226,7 @@ def main(argv=None):
             # h must adapt to the latest z: its rate does not decay (Section 4.2).
             groups.append({"params": model.predictor.parameters(), "fix_lr": True})
         lr = args.step_lr or args.lr * args.batch_size / 256
+        # Weight decay on all parameters, BatchNorm's too (Appendix A); BYOL and SimCLR leave those out.
         optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
         schedule = common.LRScheduler(optimizer, lr, run.total_steps, run.warmup_steps)
         network = run.begin(model, optimizer, views=two_crops, sync_bn=True, chance="0 (unrelated unit vectors)")

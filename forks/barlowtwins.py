@@ -6,7 +6,7 @@ Paper       Jure Zbontar et al., "Barlow Twins: Self-Supervised Learning via Red
             arXiv 2103.03230; code facebookresearch/barlowtwins
 Idea        Two random views of an image go through the same network. Over the batch, each channel of one output
             is correlated with each channel of the other: this matrix is pulled towards the identity. The ones on
-            its diagonal make the views agree, the zeros beside it keep the channels from being copies of one.
+            its diagonal make the views agree, the zeros off it keep the channels from being copies of one.
 Symbols     x1, x2  views (N, 3, S, S), the paper's Y^A, Y^B     f  backbone + projector
             z1, z2  f(x) (N, d), the paper's Z^A, Z^B            C  cross-correlation matrix (d, d)
             lambda  weight of the redundancy reduction           d  width of z
@@ -16,7 +16,7 @@ Read on     Tab. 5  ImageNet after 300 epochs, 71.4 %: lambda 0, only the diagon
                     0.1. Table 6: a stop-gradient costs 0.9 points, a predictor 1.2, both together 10.
             Fig. 2  Batches of 256 lose little.  Fig. 3  Weaker views cost more than they cost BYOL.
             Fig. 4  The wider z, the better, up to 16384; in other methods it soon saturates.
-            App. A  Read as information bottleneck: keep what an image says, lose what a distortion says.
+            App. A  Read as an information bottleneck: keep what an image says, lose what a distortion says.
 Recipe      flag            paper, ImageNet    lightly, CIFAR-10   here
             --lr            LARS, 0.2 x bs/256 SGD 0.12 x bs/256   SGD; cifar as lightly, photos 0.12, untried
             --batch-size    2048               512                 photos 256 (one GPU), cifar 512
@@ -32,19 +32,19 @@ Recipe      flag            paper, ImageNet    lightly, CIFAR-10   here
 Published   ImageNet, ResNet-50, linear: 73.2 % after 1000 epochs.
             CIFAR-10, ResNet-18: kNN (k 200) of the backbone on the test images 82.7 / 85.7 % after 200 / 800
             epochs (lightly's benchmark); linear, trained along, 92.1 % after 1000 (solo-learn, LARS).
-Departures  1. ResNet-18; the paper trains ResNet-50.
+Departures  1. ResNet-18, crops cut from packed images, bf16 on a GPU; the paper trains ResNet-50 on crops of 224 px.
             2. SGD, one rate for all weights, no warm-up on cifar; the paper has LARS, and a rate of its own
                (0.0048 x bs/256), without decay, for biases and BatchNorm; its cosine ends at a thousandth of the
                rate, not at 0. Their code says lambda 0.0051.
-            3. Eq. 2 divides by the length of a channel over the batch; here BatchNorm does it, with its 1e-5.
+            3. As in the authors' code BatchNorm divides by a channel's length over the batch (Eq. 2), with its 1e-5.
             4. `toy` takes a lower rate, a narrower z, larger crops, no blur and no solarize.
             5. BatchNorm sees the batch of all processes on GPUs only; C is over all processes everywhere.
 Health      The loss starts near d (unrelated outputs: C = 0) or below and falls towards 0. `same` is the mean of
-            C_ii, 1 where the views agree; `others` the root mean square of C beside the diagonal, 0 where no channel
+            C_ii, 1 where the views agree; `others` the root mean square of C off the diagonal, 0 where no channel
             repeats another, 1 where all are copies of one. Two outputs of 64 images have 0.125 by chance.
             `toy`, 6 epochs, seed 0, --amp off: loss 6.8, same 0.87, others 0.52, kNN 72.4 % (63.9 after 2; untrained
             27.9). A wide z is too much for batches of 64 in so few steps: with --dim 256, 54.1 % after 4; with
-            --dim 512 --lambd 0.02 --lr 0.2 the loss stays at chance and kNN, after 3 of 3, falls to 23.3.
+            --dim 512 --lambd 0.02 --lr 0.2 the loss stays at chance and kNN is down to 23.3 after all 3 epochs.
             --lambd 0, after 2 of 6 epochs: same 0.94, others 0.94, so z collapses to one channel and its copies; kNN
             of the backbone does not suffer yet, 66.4 % against 63.9. Its end: not measured.
 """
@@ -108,9 +108,9 @@ def parse_args(argv=None):
 def view(images, aspect, generator, args, mean, std, blur, solarize):
     """One random view of every image, each with its own draw.                                      [S2.2]
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
+    images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
     blur, solarize   their chances: in these alone the two views differ.
-    returns  (N, 3, size, size) float32, normalised, channels_last.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
     """
     x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
                                     aspect=aspect, interpolation="bicubic", generator=generator)
@@ -149,7 +149,7 @@ class BarlowTwins(nn.Module):
 
 
 def build_model(args):
-    # Every residual branch starts at zero: each block begins as the identity (the authors' code).
+    # Every residual branch starts at zero: each block begins as its shortcut (the authors' code).
     backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return BarlowTwins(backbone, args.dim, args.proj_layers)
 

@@ -3,7 +3,7 @@
     python forks/byol.py --data ./food-11       python forks/byol.py       (the drawn toy set)
 
 Paper       Jean-Bastien Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
-            NeurIPS 2020, arXiv 2006.07733; code deepmind/deepmind-research/byol
+            NeurIPS 2020, arXiv 2006.07733 (v3, whose sections are meant); code google-deepmind/deepmind-research/byol
 Idea        Two random views of an image: the online network predicts from one what the target network gives for
             the other. The target's weights are a moving average of the online network's, and no gradient enters
             them. No negatives and no queue: predictor and moving target keep the outputs from collapsing to one.
@@ -35,10 +35,10 @@ Recipe      flag            paper, ImageNet    lightly, CIFAR-10   here
 Published   ImageNet, ResNet-50, linear: 74.3 % after 1000 epochs, 72.5 % after 300.
             CIFAR-10, ResNet-18: kNN (k 200) of the backbone on the test images 87.2 / 91.1 % after 200 / 800
             epochs (lightly's benchmark); linear, trained along, 92.6 % after 1000 (solo-learn, LARS).
-Departures  1. ResNet-18; the paper trains ResNet-50.
+Departures  1. ResNet-18, crops cut from packed images, bf16 on a GPU; the paper trains ResNet-50 on crops of 224 px.
             2. SGD with weight decay on all weights; the paper has LARS, which leaves biases and BatchNorm out.
-            3. The target's BatchNorm takes the statistics of its batch, as the authors' code; its running ones,
-               which training never reads, are its own.
+            3. The target's BatchNorm takes the statistics of its batch, as in the authors' code. Theirs starts the
+               target from weights of its own, not from a copy; its heads' output layers have no bias.
             4. `toy` takes a higher lr, a faster target, narrower heads, larger crops, no blur, no solarize.
             5. BatchNorm sees the batch of all processes, as in the paper, on GPUs only; on CPUs its own share.
 Health      The loss of both views together starts near 4 (unrelated unit vectors); 0 is perfect prediction, and also
@@ -110,9 +110,9 @@ def parse_args(argv=None):
 def view(images, aspect, generator, args, mean, std, blur, solarize):
     """One random view of every image, each with its own draw.                                      [B]
 
-    images   (N, 3, S, S) uint8.  aspect (N,) original width / height.  generator: common.Draws.
+    images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
     blur, solarize   their chances: in these alone the two views differ.
-    returns  (N, 3, size, size) float32, normalised, channels_last.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
     """
     x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
                                     aspect=aspect, interpolation="bicubic", generator=generator)
@@ -164,7 +164,7 @@ class BYOL(nn.Module):
 
 
 def build_model(args):
-    # Every residual branch starts at zero: each block begins as the identity (the authors' code).
+    # Every residual branch starts at zero: each block begins as its shortcut (the authors' code).
     backbone = harness.initialised(common.ResNet18(stem=args.stem, width=args.width, zero_init_residual=True), args)
     return BYOL(backbone, args.dim, args.hidden_dim, predictor=not args.no_predictor)
 
