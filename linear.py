@@ -112,8 +112,8 @@ def parse_args(argv=None):
     """The flags, and the checkpoint that it all starts from: that of the resumed run, or the pre-training run's."""
     shown = RECIPES | {f"{way} of toy": RECIPES[way] | fewer for way, fewer in TOY.items()}
     parser = harness.training_parser(__file__, __doc__, shown, without=(
-        "--data", "--data-root", "--recipe", "--image-size", "--stem", "--width", "--init", "--knn-every", "--knn-k",
-        "--knn-t", "--knn-split", "--views-png"))
+        "--data", "--data-root", "--recipe", "--image-size", "--view-size", "--stem", "--width", "--init",
+        "--knn-every", "--knn-k", "--knn-t", "--knn-split", "--views-png"))
     parser.set_defaults(save_every=None)
     network_flags(parser)
     add, real = parser.flag, functools.partial(harness.number, float)

@@ -148,9 +148,9 @@ def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.
 
     images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
-    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --view-size, else --image-size.
     """
-    x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
+    x = augment.random_resized_crop(images, args.view_size or args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
                                     aspect=aspect, generator=generator)
     if args.v1:
         x = augment.random_grayscale(x, p=0.2, generator=generator, inplace=True)

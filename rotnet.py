@@ -120,15 +120,15 @@ def view(images, aspect, generator, args, mean, std):
     """One random upright view of every image, each with its own draw.
 
     images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
-    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --view-size, else --image-size.
     """
-    flip = 0.0 if args.flip_after_rotation else 0.5
+    flip, size = 0.0 if args.flip_after_rotation else 0.5, args.view_size or args.image_size
     if args.crop == "resized":
-        x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=flip,
-                                        aspect=aspect, generator=generator)
+        x = augment.random_resized_crop(images, size, scale=(args.min_crop, 1.0), flip=flip, aspect=aspect,
+                                        generator=generator)
     else:
-        x = augment.center_crop(images, args.image_size, aspect)
-        x = augment.random_crop(x, padding=args.image_size // 8, generator=generator)
+        x = augment.center_crop(images, size, aspect)
+        x = augment.random_crop(x, padding=size // 8, generator=generator)
         x = augment.random_horizontal_flip(x, flip, generator=generator, inplace=True)
     return augment.normalize(x, mean, std)
 

@@ -148,9 +148,9 @@ def view(images, aspect, generator, args, mean, std):
     """One random view of every image, each with its own draw.                                      [A]
 
     images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
-    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --view-size, else --image-size.
     """
-    s, size = args.jitter_strength, args.image_size
+    s, size = args.jitter_strength, args.view_size or args.image_size
     x = augment.random_resized_crop(images, size, scale=(args.min_crop, 1.0), flip=0.5, aspect=aspect,
                                     interpolation="bicubic", generator=generator)
     # With p = 0 the jitter still takes its draws: the ablation's crops are those of the full recipe.

@@ -188,7 +188,7 @@ def measure_views(report, rounds, device, batches=4):
         images = F.interpolate(torch.rand(batch, 3, 8, 8), size=stored, mode="bicubic")          # smooth colours
         images = images.clamp(0, 1).mul(255).byte()
         pictures = [T.functional.to_pil_image(image) for image in images]
-        recipe = argparse.Namespace(image_size=size, min_crop=0.2, blur=0.5 * blur)
+        recipe = argparse.Namespace(image_size=size, view_size=None, min_crop=0.2, blur=0.5 * blur)
         ours = functools.partial(simsiam.view, aspect=torch.ones(batch), generator=common.Draws(0), args=recipe,
                                  mean=MEAN, std=STD)
         theirs = their_view(size, blur)

@@ -112,9 +112,9 @@ def view(images, aspect, generator, args, mean, std, blur, solarize):
 
     images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
     blur, solarize   their chances: in these alone the two views differ.
-    returns  (N, 3, S, S) float32, normalised, channels_last; S is --image-size.
+    returns  (N, 3, S, S) float32, normalised, channels_last; S is --view-size, else --image-size.
     """
-    x = augment.random_resized_crop(images, args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
+    x = augment.random_resized_crop(images, args.view_size or args.image_size, scale=(args.min_crop, 1.0), flip=0.5,
                                     aspect=aspect, interpolation="bicubic", generator=generator)
     x = augment.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8, generator=generator, inplace=True)
     x = augment.random_grayscale(x, p=0.2, generator=generator, inplace=True)

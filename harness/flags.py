@@ -59,6 +59,8 @@ def training_parser(file, doc, recipes, without=()):
         "for one GPU; list: print the defaults, and exit",
         choices=("paper", "list"), default=None)
     add("--image-size", "side of a view in pixels; too small: what tells classes apart is gone", type=whole(low=8))
+    add("--view-size", "side of the training views, if another than that of --image-size, which evaluations keep; "
+        "smaller ones train faster", type=whole(low=8), default=None)
     add("--stem", "first layers: cifar up to about 64 px, imagenet above; cifar on large views is slow "
         "and runs out of memory", choices=("cifar", "imagenet"))
     add("--width", "channels of layer1; 64 is ResNet-18", type=whole(low=1))

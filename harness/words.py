@@ -71,7 +71,7 @@ def broken(run, what):
 
 def too_large(args):
     """The error that names the flags that memory depends on."""
-    names = ("batch_size", "image_size", "width", "dim", "pred_dim", "hidden_dim", "queue_size")
+    names = ("batch_size", "view_size", "image_size", "width", "dim", "pred_dim", "hidden_dim", "queue_size")
     sizes = ", ".join(flag_text(name, getattr(args, name)) for name in names if getattr(args, name, None))
     return OwnError(f"out of memory with {sizes}; lower one of them; --stem imagenet and, on a GPU, --amp bf16 need "
                       "less too")

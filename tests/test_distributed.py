@@ -172,7 +172,7 @@ def check_shares():
     assert torch.equal(parts.reshape(-1), whole)  # the very batches of one process, in their order
 
     x = torch.rand(N, 3, 16, 16, generator=torch.Generator().manual_seed(4))
-    args = dict(image_size=16, min_crop=0.2, blur=0.5)
+    args = dict(image_size=16, view_size=None, min_crop=0.2, blur=0.5)
     for view in (simsiam.view, moco.view):
         arguments = type("Args", (), args | {"v1": False})
         views = []

@@ -249,7 +249,7 @@ def test_a_batch_longer_than_the_queue_leaves_its_last_keys():
 
 @pytest.mark.parametrize("v1", [False, True])
 def test_views_differ_and_are_normalised(v1):
-    args = argparse.Namespace(image_size=32, min_crop=0.2, blur=0.5, v1=v1)
+    args = argparse.Namespace(image_size=32, view_size=None, min_crop=0.2, blur=0.5, v1=v1)
     images = torch.randint(0, 256, (64, 3, 48, 48), dtype=torch.uint8)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     generator = torch.Generator().manual_seed(0)

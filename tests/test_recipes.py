@@ -172,7 +172,7 @@ def test_views_take_the_papers_strengths(monkeypatch, method, v1):
 
     for name in names:
         monkeypatch.setattr(augment, name, functools.partial(spy, name, getattr(augment, name)))
-    args = argparse.Namespace(image_size=32, min_crop=0.3, blur=0.4, v1=v1)
+    args = argparse.Namespace(image_size=32, view_size=None, min_crop=0.3, blur=0.4, v1=v1)
     pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     importlib.import_module(method).view(pixels, torch.ones(2), common.Draws(0), args, (0.5,) * 3, (0.5,) * 3)
     first, last = ("random_grayscale", "color_jitter") if v1 else ("color_jitter", "random_grayscale")
@@ -186,12 +186,21 @@ def test_views_take_the_papers_strengths(monkeypatch, method, v1):
 @pytest.mark.parametrize("name, crop", [("simsiam", ""), ("moco", ""), ("simclr", ""), ("rotnet", "pad"),
                                         ("rotnet", "resized"), ("linear", "pad"), ("linear", "resized")])
 def test_views_know_the_shape_of_the_picture(name, crop):
-    args = argparse.Namespace(image_size=32, min_crop=0.2, blur=0.0, grey=0.0, jitter_strength=0.0, v1=False,
-                              no_color_jitter=True, crop=crop, flip_after_rotation=False)
+    args = argparse.Namespace(image_size=32, view_size=None, min_crop=0.2, blur=0.0, grey=0.0, jitter_strength=0.0,
+                              v1=False, no_color_jitter=True, crop=crop, flip_after_rotation=False)
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     square, wide = (importlib.import_module(name).view(pixels, torch.full((4,), aspect), common.Draws(0), args,
                                                        (0.5,) * 3, (0.25,) * 3) for aspect in (1.0, 2.0))
     assert all(not torch.equal(a, b) for a, b in zip(square, wide, strict=True))
+
+
+@pytest.mark.parametrize("method, flags", [*((name, []) for name in METHODS), ("rotnet", ["--crop", "resized"])])
+def test_views_may_be_smaller_than_what_is_evaluated(train, monkeypatch, method, flags):
+    seen, features = set(), common.ResNet18.features
+    monkeypatch.setattr(common.ResNet18, "features", lambda network, x, *names: (
+        seen.add((network.training, *x.shape[2:])), features(network, x, *names))[1])
+    train(method, "--max-steps", "1", "--knn-every", "1", "--view-size", "12", *flags)
+    assert seen == {(True, 12, 12), (False, 16, 16)}
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized"])

@@ -40,7 +40,7 @@ def turned(image, k):
 
 
 def make_args(**changes):
-    args = dict(image_size=32, crop="pad", min_crop=0.2, one_rotation=False, flip_after_rotation=False)
+    args = dict(image_size=32, view_size=None, crop="pad", min_crop=0.2, one_rotation=False, flip_after_rotation=False)
     return argparse.Namespace(**(args | changes))
 
 

@@ -150,7 +150,8 @@ def test_every_block_starts_as_the_identity():
 
 
 def view_args(**changes):
-    args = dict(image_size=32, min_crop=0.2, blur=0.5, grey=0.0, jitter_strength=1.0, no_color_jitter=False)
+    args = dict(image_size=32, view_size=None, min_crop=0.2, blur=0.5, grey=0.0, jitter_strength=1.0,
+                no_color_jitter=False)
     return argparse.Namespace(**(args | changes))
 
 

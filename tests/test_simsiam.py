@@ -118,7 +118,7 @@ def test_without_predictor_p_is_z():
 
 
 def test_views_differ_and_are_normalised():
-    args = argparse.Namespace(image_size=32, min_crop=0.2, blur=0.5)
+    args = argparse.Namespace(image_size=32, view_size=None, min_crop=0.2, blur=0.5)
     images = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     generator = torch.Generator().manual_seed(0)
