@@ -89,8 +89,7 @@ class Facts:
 
 
 def rate(args, lower=False):
-    """Another learning rate, if need be a lower one: that of the recipe where the run is far from it, else half of it.
-    """
+    """Another learning rate: the recipe's where the run is far from it (lower: and above it), else half of it."""
     if args["warmup_epochs"] > args["epochs"] / 2:
         return f"--warmup-epochs {args['epochs'] / 10:g}, now {args['warmup_epochs']:g} of {args['epochs']} epochs"
     name, share = "step_lr" if args.get("step_lr") else "lr", args["batch_size"] / 256
