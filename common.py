@@ -91,8 +91,9 @@ class ResNet18(nn.Module):
         self.layer3 = self._stage(2 * width, 4 * width, stride=2)
         self.layer4 = self._stage(4 * width, 8 * width, stride=2)
         self.dim = 8 * width
-        # oneDNN's channels_last convolutions of fewer than 8 channels corrupt the heap (torch 2.14, backward pass).
-        self.contiguous = width < 8
+        # oneDNN's channels_last 1x1 convolutions of stride 2 corrupt the heap going backward if they have fewer than 16
+        # channels (torch 2.14 on AVX-512, maps of 56 pixels a side or more).
+        self.contiguous = width < 16
         self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
 
         for module in self.modules():
@@ -350,7 +351,7 @@ def bf16_gain(width=64, within=0.2):
     width    its channels, as in layer1; the batch shrinks as they grow.
     within   seconds for the turns beyond the second; the fastest of each precision counts.
     """
-    width, best = max(8, width), {}  # of fewer channels see ResNet18
+    width, best = max(16, width), {}  # of fewer channels see ResNet18
     with torch.random.fork_rng(devices=[]):  # the weights of the run are drawn later, whatever is measured
         block = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
     block.to(memory_format=torch.channels_last)
