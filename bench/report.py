@@ -51,7 +51,7 @@ def flags_of(command):
 def figure(values, name, spread=True):
     """The mean of some seeds; with the spread the smallest and the largest too."""
     values = [value / 60 if name == "seconds" else value for value in values if value is not None]
-    digits = 2 if name == "agreement" else 1
+    digits = 2 if name in ("agreement", "accuracy") else 1
     if not values:
         return "not measured"
     among = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if spread and len(values) > 1 else ""
