@@ -279,7 +279,7 @@ def print_accuracy(results, args):
         goal = peer[-1]["knn_10"]
         soon = next((row["seconds"] for i, row in enumerate(ours) if min(r["knn_10"] for r in ours[i:]) >= goal), None)
         print(f"{pair:<17}{cells[0]}{cells[1]}" + (f"{soon / 60:10.2f}" if soon is not None else f"{'-':>10}"))
-    print("its k 10: minutes after which ours stays at the peer's last kNN, k 10, or above it")
+    print("its k 10: minutes after which ours stays at or above the peer's last kNN, k 10")
 
 
 # ------------------------------------------------------------------------------------------------
