@@ -3,7 +3,7 @@
     python forks/byol.py --data ./food-11       python forks/byol.py       (the drawn toy set)
 
 Paper       Jean-Bastien Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
-            NeurIPS 2020, arXiv 2006.07733 (v3, whose sections are meant); code google-deepmind/deepmind-research/byol
+            NeurIPS 2020, arXiv 2006.07733 (sections as in its v3); code google-deepmind/deepmind-research/byol
 Idea        Two random views of an image: the online network predicts from one what the target network gives for
             the other. The target's weights are a moving average of the online network's, and no gradient enters
             them. No negatives and no queue: predictor and moving target keep the outputs from collapsing to one.

@@ -108,6 +108,12 @@ def test_the_pages_tables_are_those_of_the_measurements(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_a_row_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit) as end:
+        report.rows_of("results/toy.jsonl", "simclr nosuch")
+    assert end.value.code == 2 and capsys.readouterr().err == "results/toy.jsonl: no row has a name like nosuch\n"
+
+
 def test_seeds_make_one_row_and_shared_flags_stand_below():
     rows = [dict(name=f"{name}-s{seed}", code=0, knn=knn + seed, seconds=90.0 + 60 * seed,
                  command=f"simclr.py --amp off --lr {lr} --seed {seed}")
