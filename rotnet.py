@@ -122,7 +122,8 @@ def view(images, aspect, generator, args, mean, std):
     images   (N, 3, H, H) uint8, as packed.  aspect (N,) original width / height.  generator: common.Draws.
     returns  (N, 3, S, S) float32, normalised, channels_last; S is --view-size, else --image-size.
     """
-    flip, size = 0.0 if args.flip_after_rotation else 0.5, args.view_size or args.image_size
+    size = args.view_size or args.image_size
+    flip = 0.0 if args.flip_after_rotation else 0.5
     if args.crop == "resized":
         x = augment.random_resized_crop(images, size, scale=(args.min_crop, 1.0), flip=flip, aspect=aspect,
                                         generator=generator)
