@@ -112,9 +112,9 @@ def peers_speeds(record):
                           key=lambda one: statistics.median(one[1])) for side in ("bare", "ours", "peer")}
         for how, sides in (("float32", plain), (f"best: {best['peer'][0]}", best)):
             rates = {side: record["settings"]["batch_size"] / statistics.median(sides[side][1]) for side in best}
-            share, *ratios = ([b / a for a, b in zip(sides["ours"][1], sides[side][1], strict=True)]
-                              for side in ("bare", "peer"))
-            rows.append((pair, how, rates, statistics.median(share), *ratios))
+            share, ratios = ([b / a for a, b in zip(sides["ours"][1], sides[side][1], strict=True)]
+                             for side in ("bare", "peer"))
+            rows.append((pair, how, rates, statistics.median(share), ratios))
     return rows
 
 
