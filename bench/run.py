@@ -331,7 +331,7 @@ def parts_of_a_step(method, module, args, device, autocast, images=None):
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4,
                                 fused=device.type != "meta")
     if args.compile:
-        model.compile()
+        model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # as harness/run.py does
     n, size = args.batch_size, args.image_size
     if images is None:
         images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
@@ -396,7 +396,7 @@ def measure_training(report, rounds, device, given):
         for method in given.methods:
             module, parts = METHODS[method], {}
             gc.collect()  # the method before: its memory would count as this one's
-            flags = [*training_flags(given, last, device, folder), *["--compile"] * bool(given.compile)]
+            flags = [*training_flags(given, last, device, folder), *["--compile"] * given.compile]
             times, peak = {"ours": []}, None
             for turn in range(min(rounds, 5)):
                 if device.type == "cuda":
@@ -513,8 +513,7 @@ def main(argv=None):
                         help="of training: a turn (default: 20; 5 if --quick)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help="of training")
-    parser.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), metavar="MODE",
-                        help="of training: with torch.compile, its time left out; reduce-overhead: with CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="of training: with torch.compile, its time left out")
     parser.add_argument("--json", metavar="FILE", type=file_to_write(".json"),
                         help="also write the seconds of every turn here")
     args = parser.parse_args(argv)
@@ -530,9 +529,7 @@ def main(argv=None):
     for section in args.only:
         torch.set_num_threads(1 if section in ("views", "packing") else threads)
         more = (args,) if section == "training" else ()
-        with mock.patch.object(torch.nn.Module, "compile",
-                               functools.partialmethod(torch.nn.Module.compile, mode=args.compile)):
-            SECTIONS[section](report, rounds, device, *more)
+        SECTIONS[section](report, rounds, device, *more)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": name, "versions": versions, "rows": report.rows}, indent=1))
 

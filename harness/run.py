@@ -238,11 +238,16 @@ def write_buffers(optimizer, scaler):
 
 
 def compiled(model, views, run):
-    """The model; with --compile compiled, it and the TwoCrops `views`, where torch.compile can work on this machine."""
+    """The model; with --compile compiled, it and the TwoCrops `views`, where torch.compile can work on this machine.
+
+    On one GPU the network's forward and backward are CUDA graphs, one request each for the host: what `network`
+    returned in one step is overwritten in the next.
+    """
     if run.args.compile:
         try:
             torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=run.device))
-            model.compile()
+            graphs = run.device.type == "cuda" and distributed.size() == 1
+            model.compile(mode="reduce-overhead" if graphs else None)
             if run.device.type == "cpu":  # 157 images/s of 218 on one machine, 1.14 to 1.24 times as many on another
                 run.say("note    --compile: on a CPU it may not pay; compare images/s with a short run without it")
             elif isinstance(views, common.TwoCrops):
