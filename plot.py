@@ -48,7 +48,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 # Flags that say where and how often, not what was trained: they never tell two runs apart.
 PLUMBING = flags.PLUMBING - {"data", "device", "amp", "compile"} | {"way", "test", "eval_every", "stop_at_accuracy"}
 
-REFERENCES = Path(__file__).parent / "results" / "reference"  # METHOD-KIND.jsonl: a line args.json, then metrics.jsonl
+REFERENCES = Path(__file__).parent / "results" / "reference"  # METHOD-KIND*.jsonl: a line args.json, then metrics.jsonl
 
 Run = collections.namedtuple("Run", "folder args rows")
 
@@ -66,16 +66,20 @@ def read_run(folder):
 
 
 def read_references(runs):
-    """The reference of every method and kind of data in `runs`; raises UsageError where there is none."""
-    names, found = dict.fromkeys(f"{run.args['method']}-{run.args.get('kind')}" for run in runs), []
-    for name in names:
-        file = REFERENCES / f"{name}.jsonl"
-        if not file.exists():
+    """Of each run the reference of its method and kind of data with the most flags alike; raises UsageError if none."""
+    found = {}
+    for run in runs:
+        name, best = f"{run.args['method']}-{run.args.get('kind')}", -1
+        for file in sorted(REFERENCES.glob(f"{name}*.jsonl")):
+            args, *rows = map(json.loads, file.read_text().splitlines())
+            alike = sum(args.get(flag) == value for flag, value in run.args.items() if flag not in PLUMBING)
+            if alike > best:
+                best, reference = alike, Run(file.stem, args, rows)
+        if best < 0:
             there = ", ".join(sorted(other.stem for other in REFERENCES.glob("*.jsonl"))) or "none"
             raise common.UsageError(f"--reference: there is none for {name.replace('-', ' on ')}; there are: {there}")
-        args, *rows = map(json.loads, file.read_text().splitlines())
-        found.append(Run(str(file), args, rows))
-    return found
+        found[reference.folder] = reference
+    return list(found.values())
 
 
 def flag_text(name, value):
@@ -162,8 +166,8 @@ def parse_args(argv):
     add("--against", choices=("epochs", "seconds"), default="epochs", help="horizontal axis; time is in minutes")
     add("--labels", nargs="+", metavar="NAME", help="names for the legend, one per run, in their order")
     add("--only", nargs="+", metavar="FIGURE", help="draw these alone, by their names in metrics.jsonl: loss, knn, ...")
-    add("--reference", action="store_true", help="beside them the run of the same method and kind of data in "
-        "results/reference")
+    add("--reference", action="store_true", help="beside them the most similar run of the same method and kind of data "
+        "in results/reference")
     add("--diagnose", action="store_true", help="instead of curves: is a run well, by which figures, what to change")
     args = parser.parse_args(argv)
     if not args.out.lower().endswith((".png", ".pdf", ".svg")):

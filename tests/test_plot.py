@@ -232,9 +232,13 @@ def test_the_reference_stands_beside_a_run(matplotlib, make_run, tmp_path, monke
     runs = [plot.read_run(run)]
     _, reference = panels(plot.draw(runs + plot.read_references(runs), ["", ""]))["loss"]
     assert reference[2] == [-0.3, -0.9]
+    (tmp_path / "known" / "simsiam-toy-low.jsonl").write_text((run / "args.json").read_text() + "\n"
+                                                              + (run / "metrics.jsonl").read_text())
+    assert [Path(reference.folder).stem for reference in plot.read_references(runs)] == ["simsiam-toy-low"]
     with pytest.raises(SystemExit) as end:
         plot.main([str(make_run("c", "moco", kind="photos")), "--reference"])
-    assert end.value.code == 2 and "none for moco on photos; there are: simsiam-toy" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "none for moco on photos; there are: simsiam-toy, simsiam-toy-low" in err
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_one_before(make_run, monkeypatch, capsys):
@@ -256,7 +260,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(make_run, monkey
 def test_every_reference_is_a_run_of_its_name():
     for file in plot.REFERENCES.glob("*.jsonl"):
         args, *rows = map(json.loads, file.read_text().splitlines())
-        assert file.stem == f"{args['method']}-{args['kind']}" and rows[0]["epoch"] == 0 and rows[-1]["knn"] > 0
+        assert file.stem.startswith(f"{args['method']}-{args['kind']}") and rows[0]["epoch"] == 0 and rows[-1]["knn"] > 0
         steps = [row["step"] for row in rows]
         assert steps == sorted(set(steps)), "of one run, each epoch once"
 
