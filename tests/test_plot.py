@@ -260,7 +260,8 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(make_run, monkey
 def test_every_reference_is_a_run_of_its_name():
     for file in plot.REFERENCES.glob("*.jsonl"):
         args, *rows = map(json.loads, file.read_text().splitlines())
-        assert file.stem.startswith(f"{args['method']}-{args['kind']}") and rows[0]["epoch"] == 0 and rows[-1]["knn"] > 0
+        assert file.stem.startswith(f"{args['method']}-{args['kind']}")
+        assert rows[0]["epoch"] == 0 and rows[-1]["knn"] > 0
         steps = [row["step"] for row in rows]
         assert steps == sorted(set(steps)), "of one run, each epoch once"
 
