@@ -219,7 +219,7 @@ class MoCo(nn.Module):
     backbone    maps x to (N, backbone.dim); its BatchNorm2d are replaced by SplitBatchNorm.
     dim         C, the width of q and k.  queue_size: K.  head: "mlp" or "linear".  bn_splits: groups.
     forward(x_q, x_k, order)   (N, 3, S, S) twice -> q (N, C), k (N, C), unit rows; k without gradient.
-                order (N,) int64, a permutation: the order in which the key encoder sees the rows of x_k; of P
+                order (N,) int64 on their device, a permutation: how the key encoder sees the rows of x_k; of P
                 processes (P*N,), of all their rows, the same on each. None: unshuffled.
                 Row i of q and k comes from image i in either case.
     Source      He et al. 2019, Section 3.2 and 3.3; Chen et al. 2020 for the head.
@@ -247,10 +247,10 @@ class MoCo(nn.Module):
             # A group's statistics leave a trace in each of its rows. Were q and k of an image in groups of
             # the same images, that trace would give the key away. So the keys are shuffled.      [S3.3]
             if order is not None:  # over all processes: gather, permute, take this one's share
-                x_k = distributed.mine(distributed.gather(x_k)[augment.send(order, x_k.device)])
+                x_k = distributed.mine(distributed.gather(x_k)[order])
             k = F.normalize(self.key_encoder(x_k).float(), dim=1)                     # (N, C)
             if order is not None:  # back to x_q's order
-                k = distributed.mine(distributed.gather(k)[augment.send(order.argsort(), k.device)])
+                k = distributed.mine(distributed.gather(k)[order.argsort()])
         return q, k
 
     @torch.no_grad()
@@ -348,8 +348,8 @@ def main(argv=None):
             schedule.step(run.position)
             x1, x2 = two_crops(images, aspect, run.random)             # 2 x (N, 3, S, S)             [A1]
             # How keys are shuffled into BatchNorm groups: those of x2, and with --symmetric of x1.   [S3.3]
-            order1, order2 = (None if args.no_shuffle_bn else run.random.permutation(args.batch_size)
-                              for _ in range(2))
+            order1, order2 = (None if args.no_shuffle_bn else
+                              augment.send(run.random.permutation(args.batch_size), run.device) for _ in range(2))
             # First the key encoder follows, then it makes the keys: at m = 0 it is the query encoder. [E2] [A1]
             ema_update(model.key_encoder.parameters(), model.query_parameters(), args.momentum_encoder)
             with run.autocast():

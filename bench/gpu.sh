@@ -83,7 +83,7 @@ PYTHON
     done
 fi
 
-# Larger pictures; MoCo compiled, whose compilation was not seen to end in four minutes; the parts.
+# Larger pictures; MoCo compiled, whose compilation was not seen to end yet; the parts.
 try step-128 90 $python bench/run.py --quick --only training $at128 --steps $steps --json "$out/step-128.json"
 show step-128 9
 try compiled-moco 400 $python bench/run.py --quick --only training $at32 --steps $steps --compile --methods moco \

@@ -331,7 +331,7 @@ def parts_of_a_step(method, module, args, device, autocast, images=None):
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4,
                                 fused=device.type != "meta")
     if args.compile:
-        model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # as harness/run.py does
+        model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)  # as harness/run.py
     n, size = args.batch_size, args.image_size
     if images is None:
         images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
@@ -341,7 +341,7 @@ def parts_of_a_step(method, module, args, device, autocast, images=None):
         return module.view(images, torch.ones(n), generator, args, MEAN, STD)
 
     x = view()
-    outputs = {"moco": lambda: model(x, x, torch.randperm(n))[:1],
+    outputs = {"moco": lambda: model(x, x, torch.randperm(n, device=device))[:1],
                "simclr": lambda: [model(torch.cat([x, x]))],
                "simsiam": lambda: [model(x)[0], model(x)[0]],
                "rotnet": lambda: [model(rotnet.rotation_batch(x)[0])]}[method]

@@ -239,15 +239,14 @@ def write_buffers(optimizer, scaler):
 
 def compiled(model, views, run):
     """The model; with --compile compiled, it and the TwoCrops `views`, where torch.compile can work on this machine.
-
-    On one GPU the network's forward and backward are CUDA graphs, one request each for the host: what `network`
-    returned in one step is overwritten in the next.
-    """
+    In one process on a GPU as CUDA graphs: what `network` returned, and gradients, are overwritten in the next step."""
     if run.args.compile:
         try:
-            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=run.device))
-            graphs = run.device.type == "cuda" and distributed.size() == 1
-            model.compile(mode="reduce-overhead" if graphs else None)
+            mode = "reduce-overhead" if run.device.type == "cuda" and not distributed.together() else None
+            probe = torch.compile(lambda x: x * 2 + 1, mode=mode)
+            for _ in range(3):  # warm up, record, replay
+                probe(torch.ones(8, device=run.device))
+            model.compile(mode=mode, dynamic=False)
             if run.device.type == "cpu":  # 157 images/s of 218 on one machine, 1.14 to 1.24 times as many on another
                 run.say("note    --compile: on a CPU it may not pay; compare images/s with a short run without it")
             elif isinstance(views, common.TwoCrops):
