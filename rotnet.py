@@ -242,7 +242,7 @@ def rotation_scores(model, split, dataset, autocast, gamma=0.0, alpha=1.0, batch
         x = knn.evaluation_view(images, aspect, dataset.size, dataset.mean, dataset.std)
         x4, y4 = rotation_batch(x)                                             # (4n, 3, S, S), (4n,)
         with autocast():
-            logits = model(x4)                                                 # (4n, 4)
+            logits = model.forward(x4)           # (4n, 4); --compile is for training, not for batches of this size
         losses.update(focal_loss(logits, y4, gamma, alpha), len(y4))
         # Counts, not a mean of batch means: the last batch may be short.
         right, total = right + (logits.argmax(dim=1) == y4).sum(), total + len(y4)

@@ -153,6 +153,8 @@ class Run:
             for images, aspect, labels, _ in self.batches.batches(self.epoch, start=self.step % self.epoch_steps):
                 self.random = common.Draws(self.args.seed, self.step, rank=distributed.rank())
                 self.inside, self.figures.count, ends = True, len(labels), self.epoch_ends
+                if self.args.compile:  # outputs and gradients of the last step are not needed any more
+                    torch.compiler.cudagraph_mark_step_begin()
                 yield images, aspect, labels
                 self.step, self.inside = self.step + 1, False
                 after_step(self, ends)
@@ -243,8 +245,7 @@ def compiled(model, views, run):
     if run.args.compile:
         try:
             mode = "reduce-overhead" if run.device.type == "cuda" and not distributed.together() else None
-            probe = torch.compile(lambda x: x * 2 + 1, mode=mode)
-            for _ in range(3):  # warm up, record, replay
+            for probe in [torch.compile(lambda x: x * 2 + 1, mode=mode)] * 3:  # it warms up, records, replays
                 probe(torch.ones(8, device=run.device))
             model.compile(mode=mode, dynamic=False)
             if run.device.type == "cpu":  # 157 images/s of 218 on one machine, 1.14 to 1.24 times as many on another
