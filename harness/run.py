@@ -153,8 +153,6 @@ class Run:
             for images, aspect, labels, _ in self.batches.batches(self.epoch, start=self.step % self.epoch_steps):
                 self.random = common.Draws(self.args.seed, self.step, rank=distributed.rank())
                 self.inside, self.figures.count, ends = True, len(labels), self.epoch_ends
-                if self.args.compile:  # outputs and gradients of the last step are not needed any more
-                    torch.compiler.cudagraph_mark_step_begin()
                 yield images, aspect, labels
                 self.step, self.inside = self.step + 1, False
                 after_step(self, ends)
@@ -283,6 +281,8 @@ def label(run):
 
 
 def after_step(run, ends):
+    if run.args.compile:  # CUDA graphs may overwrite this step's outputs and gradients now, not before
+        torch.compiler.cudagraph_mark_step_begin()
     if run.jump:
         (changed, before), run.jump, lr = run.jump, None, run.optimizer.param_groups[0]["lr"]
         if f"{before:.3g}" != f"{lr:.3g}":
