@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 import time
-import warnings
 
 import numpy as np
 import torch
@@ -145,7 +144,6 @@ class TwoCrops:
 
     def compile(self):
         """In place when first called, like nn.Module.compile. Not on a CPU, where augment.py decides image by image."""
-        warnings.filterwarnings("ignore", "Dynamo detected a call")  # it makes augment's cached constants anew
         self.transforms = [torch.compile(transform, dynamic=False) for transform in self.transforms]
 
     def __call__(self, *batch):
