@@ -988,15 +988,16 @@ def test_amp_auto_is_tried_once_and_a_resumed_run_keeps_it(tmp_path, monkeypatch
 
 
 def test_compile_takes_static_shapes_and_a_machine_that_cannot_goes_on_without(tmp_path, monkeypatch):
-    asked, flags = [], ["--width", "4", "--image-size", "16", "--knn-every", "0", "--device", "cpu", "--amp", "off",
-                        "--cache", str(tmp_path), "--max-steps", "2", "--compile", "--quiet"]
+    asked, marks, flags = [], [], ["--width", "4", "--image-size", "16", "--knn-every", "0", "--device", "cpu", "--amp",
+                                   "off", "--cache", str(tmp_path), "--max-steps", "2", "--compile", "--quiet"]
 
     def no_compiler(*_, **__):
         raise RuntimeError("no C++ compiler\nnor anything else")
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append(how))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(None))
     for compiler, note in ((lambda function, **_: function, "may not pay"), (no_compiler, "without: no C++ compiler")):
         monkeypatch.setattr(torch, "compile", compiler)
         simclr.main([*flags, "--out", str(tmp_path / note[:3])])
         assert note in " ".join((tmp_path / note[:3] / "log.txt").read_text().split())
-    assert asked == [{"mode": None, "dynamic": False}]
+    assert asked == [{"mode": None, "dynamic": False}] and len(marks) == 4  # one for each step

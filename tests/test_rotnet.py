@@ -195,7 +195,7 @@ class CornerReader(torch.nn.Module):
         return torch.where(middle[:, None], -logits, logits)
 
 
-def test_rotation_scores_count_every_image_once():
+def test_rotation_scores_count_every_image_once_and_compile_nothing():
     images = torch.zeros(7, 3, 17, 17, dtype=torch.uint8)
     images[..., 0, 0] = 255
     images[6, :, 8, 8] = 255
@@ -204,6 +204,7 @@ def test_rotation_scores_count_every_image_once():
     autocast, _ = common.pick_precision("off", torch.device("cpu"))
     for training in (True, False):
         model = CornerReader().train(training)
+        model.compile(backend=lambda *_: pytest.fail("compiled"))
         loss, score = rotnet.rotation_scores(model, split, dataset, autocast, gamma=2, alpha=0.5, batch_size=3)
         p = [math.e / (math.e + 3)] * 6 + [math.exp(-1) / (math.exp(-1) + 3)]  # of the true rotation, image by image
         assert loss == pytest.approx(sum(-0.5 * (1 - q) ** 2 * math.log(q) for q in p) / 7)
