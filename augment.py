@@ -88,16 +88,22 @@ def send(values, device):
     return values.to(device, non_blocking=device.type != "mps")  # MPS might copy only once the memory is reused
 
 
+def _once(make):
+    """Made once for all batches; anew in compiled code, so by the device: a copy from the host would wait for a GPU."""
+    kept = functools.lru_cache(maxsize=64)(make)
+    return lambda *args: make(*args) if torch.compiler.is_compiling() else kept(*args)
+
+
+@_once
 def _constant(values, device, *shape):
-    """A few float32 numbers of a shape, made once for all batches; in compiled code by the device, in passing."""
-    if torch.compiler.is_compiling():  # torch.tensor() would be a copy from the host each time, which waits for a GPU
-        return torch.stack([torch.full((), float(value), device=device) for value in values]).view(shape)
-    return _cached(values, device, shape)
+    """A few float32 numbers of a shape."""
+    return torch.stack([torch.full((), float(value), device=device) for value in values]).view(shape)
 
 
-@functools.lru_cache(maxsize=64)
-def _cached(values, device, shape):
-    return torch.tensor(values, dtype=torch.float32, device=device).view(shape)
+@_once
+def _range(begin, end, device):
+    """begin, begin + 1, ... below end, float32."""
+    return torch.arange(begin, end, device=device, dtype=torch.float32)
 
 
 def _all_at_once(x):
@@ -216,8 +222,8 @@ def _crop_together(images, boxes, out, interpolation):
     n, side, size, device = len(images), images.shape[2], out.shape[2], images.device
     start, length = send(boxes.view(n, 2, 2, 1, 1), device).unbind(1)                       # (n, 2, 1, 1)
     step = length / size
-    i, j = (torch.arange(0.5, count, device=device) for count in (size, side))
-    i, j = i[:, None], j - start                                                            # (n, 2, 1, side)
+    i = _range(0.5, size, device)[:, None]                                                  # (size, 1)
+    j = _range(0.5, side, device) - start                                                   # (n, 2, 1, side)
     t = (j - i * step).div_(step.abs().clamp_(min=1)).abs_()                                # (n, 2, size, side)
     w = 1 - t
     if interpolation == "bilinear":
@@ -444,7 +450,7 @@ def blur(x, sigma, kernel_size):
     """
     x = _float(x)
     (n, _, height, width), radius = x.shape, kernel_size // 2
-    t = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
+    t = _range(-radius, radius + 1, x.device)                                               # (taps,)
     taps = (-0.5 * (t / sigma.clamp(min=1e-6)[:, None]) ** 2).softmax(dim=1)                # (n, taps)
     taps = F.threshold(taps, 1e-12, 0.0)       # denormal numbers would slow a CPU's products down fifteenfold
     block = min(height, width) if _all_at_once(x) else min(height, width, BLOCK)
