@@ -58,7 +58,7 @@ import rotnet  # noqa: E402
 import simclr  # noqa: E402
 import simsiam  # noqa: E402
 from harness.parser import Parser, file_to_write, number  # noqa: E402
-from harness.run import Run  # noqa: E402
+from harness.run import Run, compiled  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 METHODS = {"simsiam": simsiam, "moco": moco, "simclr": simclr, "rotnet": rotnet}
@@ -330,8 +330,7 @@ def parts_of_a_step(method, module, args, device, autocast, images=None):
     model = module.build_model(args).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, weight_decay=1e-4,
                                 fused=device.type != "meta")
-    if args.compile:
-        model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)  # as harness/run.py
+    compiled(model, None, argparse.Namespace(args=args, device=device, say=lambda text: None))
     n, size = args.batch_size, args.image_size
     if images is None:
         images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8).to(device)
