@@ -36,7 +36,7 @@ from harness.flags import SHAPES, recipe_of, recipe_table
 from harness.folder import read_metrics
 from harness.log import Figures
 from harness.parser import Parser, path
-from harness.run import Run, set_up, state_of
+from harness.run import Run, compiled, set_up, state_of
 from harness.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1001,3 +1001,14 @@ def test_compile_takes_static_shapes_and_a_machine_that_cannot_goes_on_without(t
         simclr.main([*flags, "--out", str(tmp_path / note[:3])])
         assert note in " ".join((tmp_path / note[:3] / "log.txt").read_text().split())
     assert asked == [{"mode": None, "dynamic": False}] and len(marks) == 4  # one for each step
+
+
+def test_compile_makes_cuda_graphs_in_one_process_on_a_gpu(monkeypatch):
+    asked, gpu = [], argparse.Namespace(type="cuda")
+    monkeypatch.setattr(torch, "compile", lambda function, mode: asked.append(mode) or function)
+    monkeypatch.setattr(torch, "ones", lambda n, device: n)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, dynamic: asked.append(mode))
+    for together in (False, True):
+        monkeypatch.setattr(distributed, "together", lambda together=together: together)
+        compiled(torch.nn.Linear(1, 1), None, argparse.Namespace(args=argparse.Namespace(compile=True), device=gpu))
+    assert asked == ["reduce-overhead", "reduce-overhead", None, None]
