@@ -10,10 +10,11 @@
 # DATA_ROOT  holds cifar-10-batches-py; without it the parts that need CIFAR-10 are left out.
 # To try it on a CPU with tiny settings: TINY=1 bash bench/gpu.sh OUT ...
 set -uo pipefail
-cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?the folder for the figures}") root=${2:-} short="" challenge=${3:-}
 if [ "$root" = --short ]; then short=yes root=""; fi
 if [ "$root" = --race ]; then echo "the race needs DATA_ROOT: bash bench/gpu.sh OUT DATA_ROOT --race" >&2; exit 2; fi
+if [ -n "$root" ]; then root=$(realpath -m "$root"); fi
+cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 if [ -e "$out/summary.txt" ]; then echo "$out: holds measurements already; name a new folder" >&2; exit 2; fi
 mkdir -p "$out"

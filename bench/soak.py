@@ -31,7 +31,7 @@ SMALL = ["--data", "pictures", "--width", "4", "--image-size", "16", "--stem", "
 RUNS = {
     "simsiam": ["simsiam.py", *SMALL, "--epochs", "6", "--dim", "64", "--pred-dim", "16"],
     "moco": ["moco.py", *SMALL, "--epochs", "6", "--symmetric", "--queue-size", "256"],
-    "simclr": ["simclr.py", *SMALL, "--epochs", "6", "--optimizer", "lars"],
+    "simclr": ["simclr.py", *SMALL, "--epochs", "6", "--optimizer", "lars", "--lr", "0.1"],
     "rotnet": ["rotnet.py", *SMALL, "--epochs", "4"],
     "linear": ["linear.py", "--finetune", "--checkpoint", "simsiam", "--amp", "off", "--device", "cpu", "--quiet",
                "--epochs", "8", "--batch-size", "16", "--save-every", "0.004min"],
@@ -69,7 +69,7 @@ def disturb(process, run, rng, longest):
     time.sleep(rng.uniform(0, longest))
     number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     if process.poll() is not None:
-        return None
+        return finish(process)
     process.send_signal(number)
     _, err = process.communicate()
     if process.returncode not in (0, -signal.SIGKILL, 128 + number):

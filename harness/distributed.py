@@ -57,11 +57,14 @@ def join(name):
 
     name     as for common.pick_device; "auto" and "cuda" are a GPU for each process, which touches no other.
     returns  torch.device of this process. Without torchrun: that of the name.
-    raises   UsageError where a machine has fewer GPUs than processes.
+    raises   UsageError where a machine has fewer GPUs than processes, or the name is that of one GPU.
     """
     if not launched():
         return pick_device(name)
-    if torch.cuda.is_available() and (name == "auto" or name.startswith("cuda")):
+    if name.startswith("cuda:"):
+        raise UsageError(f"--device {name}: torchrun gives each process a GPU of its own; take --device cuda, and "
+                         "CUDA_VISIBLE_DEVICES to choose among them")
+    if torch.cuda.is_available() and name in ("auto", "cuda"):
         local, there = local_rank(), torch.cuda.device_count()
         if local >= there:
             wanted = os.environ.get("LOCAL_WORLD_SIZE", local + 1)

@@ -1,6 +1,7 @@
 """The flags that every training program offers, their defaults by the kind of data, and those of a resumed run."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -137,6 +138,11 @@ def parse(parser, argv, fixed=()):
     if args.tensorboard:
         tensorboard_writer()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    if restarted and args.resume not in (None, NEWEST):
+        last = checkpoint.file_of(args.resume).with_name("last.pt")
+        with contextlib.suppress(FileNotFoundError):  # saved since it took up the file named: that counts now
+            if last.stat().st_mtime > last.with_name("args.json").stat().st_mtime:
+                args.resume = str(last)
     if args.resume == NEWEST or (args.resume is None and restarted and args.out):
         unset = object()
         everything = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
@@ -221,8 +227,14 @@ def recipe_of(args, recipes, source):
 
 
 def fill_flags(args, recipe):
-    """Give every flag that is still None its value from a table of defaults; keep the table's rate, for health.py."""
+    """Give every flag that is still None its value from a table of defaults; keep the table's rate, for health.py.
+
+    raises  UsageError for another optimizer than the table's without a rate.
+    """
     theirs = getattr(args, "optimizer", None) in (None, recipe.get("optimizer"))
+    if not theirs and not (args.lr or args.step_lr):
+        raise UsageError(f"--optimizer {args.optimizer}: the default rate is for {recipe['optimizer']}; add --lr or "
+                         "--step-lr")
     if {"lr", "batch_size"} <= recipe.keys() and theirs:
         share = recipe["batch_size"] / 256
         args.usual_step_lr = recipe["lr"] * (math.sqrt(share) if recipe.get("lr_scaling") == "sqrt" else share)

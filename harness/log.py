@@ -105,7 +105,7 @@ class Figures:
         """A new epoch, or the rest of one. saved: {name: (sum, count)} of all processes."""
         self.meters = {name: AverageMeter() for name in saved}
         for name, (total, count) in saved.items():
-            self.meters[name].sum, self.meters[name].count = total / size(), count // size()
+            self.meters[name].sum, self.meters[name].count = float(total) / size(), count // size()
 
     def record(self, step, lr, **values):
         for name, value in values.items():

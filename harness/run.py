@@ -309,7 +309,7 @@ def after_step(run, ends):
     if run.stop.told:
         reason, code = run.stop.told
         raise Interrupted(code, f"{reason}: saved at step {run.step:,}; go on with\n"
-                                f"  {shlex.join(['python', sys.argv[0], '--resume', str(run.folder.path)])}")
+                                f"  {shlex.join(['python', sys.argv[0], '--resume', run.folder.path.as_posix()])}")
 
 
 def check(run):

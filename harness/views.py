@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torchvision.utils import save_image
 
 from common import Draws, UsageError
+from harness.distributed import is_main
 
 
 class ViewsWritten(Exception):
@@ -17,6 +18,8 @@ def write_views(run, views):
     views    (images, aspect, random) -> a list of (N, 3, s, s) normalised floats, row i from image i; or all in one.
     raises   ViewsWritten when it is done; UsageError where it cannot be written.
     """
+    if not is_main():
+        raise ViewsWritten
     images, aspect, _, _ = next(run.batches.batches(0))
     shown = views(images, aspect, Draws(run.args.seed, 0))
     shown = shown.split(len(images)) if torch.is_tensor(shown) else shown
@@ -29,5 +32,6 @@ def write_views(run, views):
         save_image(tiles, run.args.views_png, nrow=len(columns), padding=4, pad_value=1.0)
     except (OSError, ValueError) as error:
         raise UsageError(f"{run.args.views_png}: cannot write the picture: {error}") from None
-    print(f"wrote {run.args.views_png}: one image per row, then its {len(shown)} views")
+    if not run.args.quiet:
+        print(f"wrote {run.args.views_png}: one image per row, then its {len(shown)} views")
     raise ViewsWritten

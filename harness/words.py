@@ -55,7 +55,7 @@ def finish(run):
         log.say(f"{log.title:8}{untrained:.2f} % untrained, {score:.2f} % "
                 f"{'at best' if args.knn_split == 'val' else 'at the end, test split'}")
     splits = [getattr(run.dataset, split) for split in ("train", args.knn_split)]
-    folder = shlex.quote(str(run.folder.path))
+    folder = shlex.quote(run.folder.path.as_posix())
     command = f"python linear.py --checkpoint {folder}"
     if len(run.dataset.classes) < 2 or not all(split and (split.labels >= 0).any() for split in splits):
         command = f"python knn.py --checkpoint {folder} --neighbours neighbours.png"  # needs no labels

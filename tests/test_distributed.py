@@ -342,6 +342,12 @@ def test_a_launcher_need_not_say_the_place_on_the_machine(monkeypatch, tmp_path)
         distributed.leave()
 
 
+def test_a_launcher_gives_each_process_its_gpu(monkeypatch):
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    with pytest.raises(common.UsageError, match="--device cuda:1: .* CUDA_VISIBLE_DEVICES"):
+        distributed.join("cuda:1")
+
+
 def test_one_process_needs_no_torch_distributed(monkeypatch):
     monkeypatch.setattr(distributed, "dist", argparse.Namespace(is_available=lambda: False))  # all such a build has
     x = torch.ones(4, 2)

@@ -57,7 +57,8 @@ def test_other_recipes_are_those_that_were_measured(method, kind, measured):
     assert method.RECIPES[kind].items() >= measured.items()
 
 
-@pytest.mark.parametrize("method, flags", [*((name, []) for name in METHODS), ("simclr", ["--optimizer", "lars"])])
+@pytest.mark.parametrize("method, flags", [*((name, []) for name in METHODS),
+                                           ("simclr", ["--optimizer", "lars", "--lr", "0.1"])])
 def test_what_learns_and_how(train, monkeypatch, method, flags):
     seen, begin = [], Run.begin
 
@@ -113,7 +114,8 @@ def test_bf16_is_for_the_network_in_training_and_evaluation_but_not_for_the_loss
     assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)} and losses[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("method, flags", [*((name, []) for name in METHODS), ("simclr", ["--optimizer", "lars"]),
+@pytest.mark.parametrize("method, flags", [*((name, []) for name in METHODS),
+                                           ("simclr", ["--optimizer", "lars", "--lr", "0.1"]),
                                            ("linear", ["--finetune"])])
 def test_a_scaled_loss_trains_the_same_weights(train, tmp_path, monkeypatch, method, flags):
     """fp16's scaler, by a power of two, about a network in float32."""

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,7 +26,7 @@ from harness.log import Figures
 FLAGS = ["--width", "4", "--image-size", "16", "--stem", "cifar", "--epochs", "3", "--batch-size", "8", "--amp", "off",
          "--device", "cpu", "--knn-k", "5", "--quiet"]
 METHODS = {"simsiam": ["--dim", "16", "--pred-dim", "8"], "moco": ["--queue-size", "32", "--dim", "16"],
-           "simclr": ["--optimizer", "lars", "--dim", "16"], "rotnet": ["--one-rotation"]}
+           "simclr": ["--optimizer", "lars", "--lr", "0.1", "--dim", "16"], "rotnet": ["--one-rotation"]}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,7 @@ def test_the_rate_per_step_holds_until_another_is_given(train, monkeypatch, meth
     monkeypatch.setattr(common, "LRScheduler", lambda parts, lr, *args, **kinds: (
         rates.append(lr) or schedule(parts, lr, *args, **kinds)))
     scaling = ["--lr-scaling", "sqrt"] if method == "simclr" else []
+    monkeypatch.setitem(METHODS, "simclr", ["--dim", "16"])  # LARS comes with a rate
     train(method, "--step-lr", "0.01", *scaling, "--max-steps", "1", "--knn-every", "0", "--out", "runs/one")
     flags = [*FLAGS, *METHODS[method], "--step-lr", "0.01", *scaling, "--max-steps", "1", "--knn-every", "0",
              "--data", harness.load_checkpoint("runs/one")["args"]["data"]]
@@ -231,6 +233,18 @@ def test_a_run_that_torchrun_restarts_goes_on_or_begins_anew(train, monkeypatch)
     for count in (1, 2):  # without --out it cannot know which, and takes none that is done
         train("simsiam", "--max-steps", "3")
         assert len(os.listdir("runs")) == count
+
+
+def test_a_restart_goes_on_where_the_run_was_not_at_the_file_named_at_first(train, monkeypatch):
+    flags = ["--resume", "run/epoch-0001.pt", "--max-steps"]
+    train("simsiam", "--max-steps", "8", "--out", "run", "--keep-every", "1")
+    os.utime("run/last.pt", (1e9, 1e9))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train("simsiam", *flags, "6")  # ended before it saved anything: last.pt is still the other way's
+    os.utime("run/args.json", (2e9, 2e9))
+    os.utime("run/last.pt", (3e9, 3e9))
+    train("simsiam", *flags, "8")
+    assert re.findall(r"^resumes at step (\d+)", open("run/log.txt").read(), flags=re.M) == ["4", "6"]
 
 
 def test_minutes_between_checkpoints(train, monkeypatch):

@@ -147,6 +147,7 @@ CASES = [
     ("moco", "--queue-size 0", "--queue-size"),
     ("moco", "--data few --batch-size 4 --bn-splits 3", "--bn-splits 3 2"),
     ("simclr", "--optimizer adam", "--optimizer"),
+    ("simclr", "--optimizer lars", "--optimizer lars sgd --lr --step-lr"),
     ("simclr", "--jitter-strength 9", "--jitter-strength"),
     ("simclr", "--grey=-1", "--grey"),
     ("rotnet", "--stop-at-accuracy 0", "--stop-at-accuracy"),
