@@ -198,7 +198,7 @@ class Progress:
         self.total, self.label, self.quiet, self.per_step = total, label, quiet, per_step
         self.first, self.done, self.show, self.terminal = first, first, show, sys.stdout.isatty()
         self.began = self.printed = self.updated = time.perf_counter()
-        self.every = 0.2 if self.terminal else 30.0  # seconds between prints
+        self.every = 1.0 if self.terminal else 30.0  # seconds between prints: reading a meter waits for a GPU
 
     @property
     def rate(self):
@@ -233,14 +233,14 @@ class LRScheduler:
     lr            the rate after warm-up, already scaled to the batch size.
     total_steps   length of the whole run, in optimiser steps (not epochs).
     warmup_steps  the rate climbs linearly to `lr` over these; the first step takes lr / warmup_steps.
-    kind          "cosine" to zero, "steps" (times `factor` at each of `milestones`), "constant".
+    kind          "cosine" to zero, "steps" (times `factor` at each of `milestones`).
     milestones    in steps, with kind "steps".
     Source        Loshchilov & Hutter 2017 (cosine, no restarts); Goyal et al. 2017 (warm-up).
     """
 
     def __init__(self, optimizer, lr, total_steps, warmup_steps=0, kind="cosine", milestones=(), factor=0.1):
-        if kind not in ("cosine", "steps", "constant"):
-            raise ValueError(f'kind must be "cosine", "steps" or "constant", got {kind!r}')
+        if kind not in ("cosine", "steps"):
+            raise ValueError(f'kind must be "cosine" or "steps", got {kind!r}')
         self.optimizer, self.lr, self.kind, self.factor = optimizer, lr, kind, factor
         self.total_steps, self.warmup_steps, self.milestones = total_steps, warmup_steps, milestones
 

@@ -16,7 +16,7 @@ Protocols   of       optimiser, lr, weight decay                            epoc
             SimSiam  LARS 0.1 x bs/256 (code; the paper says 0.02), 0       90, cosine                4096
             SimCLR   SGD + Nesterov 0.1 x bs/256, 0                         90 (CIFAR 100), cosine    4096 (512)
             RotNet   SGD + Nesterov 0.01, 5e-4, on max-pooled AlexNet maps  35, / 5 at 5, 15, 25      192
-            here     SGD 0.1 x bs/256, 0                                    100, cosine               256
+            here     SGD 0.1 x bs/256, 0                                    100, cosine               256 (cached 1000)
             All freeze the backbone, in eval mode. RotNet's figures for CIFAR-10 are no linear probe: three layers
             with BatchNorm, on unpooled maps of block 2 (SGD 0.1, 5e-4, batch 128, / 5 at 20, 40 and 45 of 100).
             MoCo's own setting is --probe --raw-features --lr 30 --schedule steps; that of SimSiam's code
@@ -462,7 +462,7 @@ def score(run, splits):
         checkpoint.save(folder / name, content)
         run.say(f"wrote   {folder / name}")
     program = ["--program", run.args.program] if run.args.program else []
-    run.next_command = shlex.join(["python", "predict.py", "--checkpoint", str(folder), *program, "image.jpg"])
+    run.next_command = shlex.join(["python", "predict.py", "--checkpoint", folder.as_posix(), *program, "image.jpg"])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -221,12 +221,6 @@ def focal_loss(logits, y, gamma=0.0, alpha=1.0):
 
 
 @torch.no_grad()
-def percent_right(logits, y):
-    """Rotation accuracy in percent, a scalar on the device; chance is 25."""
-    return 100.0 * (logits.argmax(dim=1) == y).float().mean()
-
-
-@torch.no_grad()
 def rotation_scores(model, split, dataset, autocast, gamma=0.0, alpha=1.0, batch_size=125):
     """Loss and rotation accuracy: every image of a split, evaluation view, eval mode, all four rotations.
 
@@ -302,7 +296,7 @@ def main(argv=None):
             run.scaler.scale(loss).backward()
             run.scaler.step(optimizer)
             run.scaler.update()
-            run.record(loss=loss, rotation=percent_right(logits, y4))
+            run.record(loss=loss, rotation=100.0 * (logits.argmax(dim=1) == y4).float().mean())
 
             if run.epoch_ends:
                 held_out = held_out_scores(run, model) if monitor.due or args.stop_at_accuracy else {}

@@ -65,7 +65,6 @@ class Batches:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed, self.shuffle, self.drop_last, self.rank, self.world = seed, shuffle, drop_last, rank, world
         self.passes = passes
-        self.prefetch = None  # True or False overrides the choice of `batches`
 
     def __len__(self):
         """Steps per epoch."""
@@ -95,7 +94,7 @@ class Batches:
         rows = [step.tensor_split(self.world)[self.rank] for step in steps]
         rows_there = torch.cat(rows).to(self.device).split([len(r) for r in rows])  # one transfer per epoch
         labels = self.split.labels.to(self.device)
-        if self.prefetch or (self.prefetch is None and self.device.type != "cpu" and not self.hold()):
+        if not self.hold():
             pixels = prefetched(self.split.images, rows, self.device)
         else:
             images = self.split.held.get(self.device, self.split.images)
@@ -107,6 +106,8 @@ class Batches:
     def hold(self):
         """Puts the images on the device if they fit comfortably; says whether they are there."""
         images, held = self.split.images, self.split.held
+        if self.device.type == "cpu":
+            return True
         if len(held.get(self.device, ())) < len(images):  # of a labelled part, perhaps
             if images.numel() > 0.4 * free_memory(self.device):
                 return False

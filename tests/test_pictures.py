@@ -633,7 +633,7 @@ def indices(batches, epoch=0, start=0):
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_an_epoch_shows_every_image_once(prefetch):
     batches = pictures.Batches(split_of(50), 8, drop_last=False)
-    batches.prefetch = prefetch
+    batches.hold = lambda: not prefetch
     first = indices(batches)
     assert sorted(sum(first, [])) == list(range(50)) and [len(b) for b in first] == [8] * 6 + [2]
     assert len(batches) == 7 == len(first)
@@ -650,7 +650,7 @@ def test_streams_of_cuda_are_not_asked_for_elsewhere(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "stream", stream)  # as on a Mac
     batches = pictures.Batches(split_of(50), 8)
-    batches.prefetch = True
+    batches.hold = lambda: False
     assert len(indices(batches)) == 6
 
 
@@ -672,7 +672,7 @@ def test_batch_sizes_that_cannot_work():
 def test_the_prefetching_thread_ends_and_its_errors_are_raised(monkeypatch):
     before = threading.active_count()
     batches = pictures.Batches(split_of(200), 4)
-    batches.prefetch = True
+    batches.hold = lambda: False
     running = batches.batches(0)
     next(running)
     assert threading.active_count() == before + 1

@@ -174,11 +174,6 @@ def test_focal_loss_stays_finite_for_certain_answers():
     assert loss.item() == pytest.approx(20, abs=1e-3) and bool(logits.grad.isfinite().all())
 
 
-def test_accuracy_is_in_percent():
-    logits = torch.eye(4)[[0, 1, 2, 2]]
-    assert rotnet.percent_right(logits, torch.arange(4)).item() == 75
-
-
 class CornerReader(torch.nn.Module):
     """Tells the rotation by the light corner; always wrong for images whose middle is light."""
 
