@@ -51,7 +51,7 @@ def flags_of(command):
 def figure(values, name, spread=True):
     """The mean of some seeds; with the spread the smallest and the largest too."""
     values = [value / 60 if name == "seconds" else value for value in values if value is not None]
-    digits = 2 if name in ("agreement", "accuracy") else 1
+    digits = 2 if name in ("agreement", "accuracy", "loss", "std") else 1
     if not values:
         return "not measured"
     among = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if spread and len(values) > 1 else ""
@@ -227,11 +227,12 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
-    add("--peers-png", metavar="PNG", help="draw kNN against minutes, beside peers, from results/peers.json")
+    add("--peers-png", metavar="PNG", help="draw kNN against minutes, beside peers: seed 1, where there is one")
     add("--labels-png", metavar="PNG", help="draw top-1 against the share of labels, from results/cifar.jsonl")
     args = parser.parse_args(argv)
     if args.peers_png:
-        return peers_chart(json.loads((ROOT / "results/peers.json").read_text())["results"], args.peers_png)
+        first, second = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("peers", "peers-seed1"))
+        return peers_chart(first["results"] | second["results"], args.peers_png)
     if args.labels_png:
         return labels_chart(rows_of("results/cifar.jsonl", "labels-cached-* labels-finetune-* labels-scratch-*"),
                             args.labels_png)
