@@ -250,9 +250,7 @@ class LRScheduler:
         if self.kind == "cosine":
             progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        if self.kind == "steps":
-            return self.lr * self.factor ** sum(step >= milestone for milestone in self.milestones)
-        return self.lr
+        return self.lr * self.factor ** sum(step >= milestone for milestone in self.milestones)
 
     def step(self, step):
         """Call before the optimiser's step number `step` (from 0, fractions too). Returns the scheduled rate."""

@@ -232,7 +232,7 @@ def fill_flags(args, recipe):
     raises  UsageError for another optimizer than the table's without a rate.
     """
     theirs = getattr(args, "optimizer", None) in (None, recipe.get("optimizer"))
-    if not theirs and not (args.lr or args.step_lr):
+    if not theirs and "optimizer" in recipe and not (args.lr or args.step_lr):
         raise UsageError(f"--optimizer {args.optimizer}: the default rate is for {recipe['optimizer']}; add --lr or "
                          "--step-lr")
     if {"lr", "batch_size"} <= recipe.keys() and theirs:
