@@ -45,8 +45,8 @@ Health      The loss starts at log 4 = 1.386 and falls, `val_loss` with it. `rot
             `val_rotation` (evaluation views; with --knn-split test `test_rotation`) are rotation accuracies in
             percent; chance is 25 %. Not every image has an upright: a disc looks the same from all sides. The
             last layers specialise in rotations, hence kNN of layer2, layer3 and layer4 (pooled; the paper's
-            classifiers see whole maps). An ablation of ours, on `toy` (commit 93f1447; draws have changed since):
-            --flip-after-rotation    val_rotation 54.2 % instead of 60.3 %, kNN 81.5 instead of 81.7 %: an image
+            classifiers see whole maps). An ablation of ours, on `toy`, --amp off, two seeds (commit 4779e98):
+            --flip-after-rotation    val_rotation 54.3 % instead of 59.5, kNN 81.8 instead of 80.5 %: an image
                                      rotated by 90 degrees and then mirrored is its mirror image rotated by 270.
                                      Where both are equally likely the two classes merge, and 75 % is the limit;
                                      letters, or glyphs such as the toy's L, still tell them apart. (Half of the

@@ -47,15 +47,14 @@ Departures  1. ResNet-18 on images of every size, whose crops are cut from image
                reports 68.2 % without, 68.1 with them (4.4).
 Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0.9, never quite to -1.
             `std` is the standard deviation of z/|z| times sqrt(d): 1 for healthy outputs, 0 once all images
-            give the same z. Ablations on `toy`, --epochs 3 --amp off, kNN untrained 27.9 %, commit 1ec60f3 (in
-            brackets 6 epochs at commit 470e103, which drew other views):
-                                 loss             std            kNN
-            (none)               -0.54 (-0.82)    0.98 (0.99)    46.7 % (82.5 %)
-            --no-stop-gradient   -0.94 (-0.89)    0.32 (0.45)    33.7 % (32.5 %)
-            --no-predictor       -0.96 (-1.00)    0.81 (0.80)    52.7 % (54.2 %)
+            give the same z. Ablations on `toy`, --amp off, two seeds, kNN untrained 31.2 % (commit 4779e98):
+                                 loss      std     kNN
+            (none)               -0.78     0.99    74.5 %
+            --no-stop-gradient   -0.94     0.32    30.3 %
+            --no-predictor       -0.96     0.55    49.3 %
             The paper sees loss -1, std 0 and chance; runs as short as these do not get there, for z's BatchNorm gives
-            each channel unit variance over the batch. With its scale and shift, as in the paper, std is 0.34 and 0.81
-            after 3 epochs; without it, a change of one line at commit 470e103, 0.09 in both, loss -1.00 and -0.99,
+            each channel unit variance over the batch, with its scale and shift, as in the paper, or without. A change
+            of one line at commit 470e103, no BatchNorm there: std 0.09 in both after 3 epochs, loss -1.00 and -0.99,
             kNN 28 and 31 %.
 """
 
