@@ -52,9 +52,9 @@ Departures  1. ResNet-18 at 128 px (stl10 96), whose crops are cut from images p
             6. `toy` takes a higher lr, a warm-up and larger crops: see the table below.
 Health      The loss starts low (the queue is noise), climbs towards log(1 + K) as real keys fill it, then
             falls. `accuracy` is the share of queries whose own key scores highest, 1/(1 + K) by chance, 0 once
-            all keys are the same. On `toy`, --bn-splits 8 --amp off gave 0.04, kNN 70.0 % (commit 4779e98), with
-            --no-shuffle-bn        0.12: BatchNorm gives keys away; kNN 79.7 %, not worse so soon.
-            --momentum-encoder 0   31.2 %, loss stuck at chance, log(257) = 5.549: the keys disagree.
+            all keys are the same. On `toy`, --bn-splits 8 --amp off: 0.04, kNN 70.0 % (two seeds, commit 4779e98);
+            --no-shuffle-bn        0.12: BatchNorm gives keys away; kNN 79.7 %, not lower in a run so short.
+            --momentum-encoder 0   0, kNN 31.2 % (one seed), loss at chance, log(257) = 5.549: the keys disagree.
 """
 
 import harness  # isort: skip  # before torch: how threads wait, where memory comes from

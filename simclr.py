@@ -273,7 +273,11 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             trained = [w for w in group["params"] if w.grad is not None]
             matrices, vectors = [w for w in trained if w.ndim > 1], [w for w in trained if w.ndim <= 1]
@@ -297,6 +301,7 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, [*g, *(w.grad for w in vectors)], alpha=group["lr"])
             torch._foreach_sub_(weights, velocities)
+        return loss
 
 
 def scaled_lr(lr, batch_size, scaling):

@@ -53,8 +53,8 @@ Health      The loss starts near 0 (unrelated unit vectors) and falls towards -0
             --no-stop-gradient   -0.94     0.32    30.3 %
             --no-predictor       -0.96     0.55    49.3 %
             The paper sees loss -1, std 0 and chance; runs as short as these do not get there, for z's BatchNorm gives
-            each channel unit variance over the batch, with its scale and shift, as in the paper, or without. A change
-            of one line at commit 470e103, no BatchNorm there: std 0.09 in both after 3 epochs, loss -1.00 and -0.99,
+            each channel unit variance over the batch, with scale and shift, as in the paper, or without. Where it is
+            left out (one line, commit 470e103), std is 0.09 with either flag after 3 epochs, loss -1.00 and -0.99,
             kNN 28 and 31 %.
 """
 

@@ -274,17 +274,21 @@ def test_recipe_of_the_paper(pictures, tmp_path):
 
 @pytest.mark.parametrize("flags, inputs", [([], 32), (["--one-rotation"], 8)])
 def test_a_step_trains_on_every_rotation(pictures, tmp_path, monkeypatch, flags, inputs):
-    seen, plain = [], rotnet.RotNet.forward
+    seen, logits, plain = [], [], rotnet.RotNet.forward
 
     def forward(self, x):
         seen.append((len(x), self.training))
-        return plain(self, x)
+        logits.append(plain(self, x))
+        return logits[-1]
 
     monkeypatch.setattr(rotnet.RotNet, "forward", forward)
     rows, _ = train(pictures, tmp_path / "run", "--max-steps", "2", "--knn-every", "1", *flags)
     assert [n for n, training in seen if training] == [inputs] * 2
     assert [n for n, training in seen if not training] == [12] * 3  # 3 images, before and after 2 epochs
     assert all({"knn", "knn_layer2", "knn_layer3", "val_rotation"} <= row.keys() for row in rows)
+    if inputs == 32:  # 8 images upright, then all by 90 degrees, ...
+        right = [100 * (x.argmax(dim=1) == torch.arange(32) // 8).float().mean().item() for x in logits if len(x) == 32]
+        assert [row["rotation"] for row in rows[1:]] == pytest.approx(right) and right != [0, 0]
 
 
 def test_held_out_figures_bear_the_name_of_their_split(pictures, tmp_path):
